@@ -1,0 +1,133 @@
+"""LoRA by hand: y = W x + (lora_alpha / r) B A x, with W frozen; and the auxiliary LoRA that LfU's ascent step worsens.
+
+The trained LoRA is peft's: same initialisation, scaling, gradients (tests/test_lora.py); adapter.py reads and writes its
+files. The auxiliary one (paper, section 3.1: th_aux = th + LoRA) has the same form but lives for one
+micro-batch: attached by `aux_lora`, moved by lfu.ascend, gone when its `with` block ends.
+
+Both share one branch: [A; A_aux] and [B, B_aux] are stacked, which is the same sum and costs half of two branches.
+Adapters are float32 over half-precision weights and otherwise in the weights' dtype.
+"""
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from .model import Linear
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(Linear):
+    """A Linear (its weight shared, not copied) with a trained LoRA, an auxiliary one, both, or none."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.matmul_dtype = linear.weight, linear.bias, linear.matmul_dtype
+        self.lora_A = self.lora_B = None          # trained: Parameters (r, in) and (out, r)
+        self.aux_A = self.aux_B = None            # auxiliary: plain tensors, so no optimizer or file ever sees them
+        self.r, self.lora_alpha = 0, 0
+        self.enabled = True                       # False: the base weight alone
+
+    def forward(self, x):                                                     # (..., in) -> (..., out)
+        y = super().forward(x)
+        A = [a for a in (self.lora_A, self.aux_A) if a is not None]
+        B = [b for b in (self.lora_B, self.aux_B) if b is not None]
+        if not A or not self.enabled:
+            return y
+        A, B = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))     # (R, in), (out, R)
+        low = F.linear(x.to(A.dtype), A)                                      # (..., R), R = r or r + r_aux
+        return y + F.linear(low, B * (self.lora_alpha / self.r))
+
+
+def draw_A(r, in_features, like, generator):
+    """peft's initial A (r, in): uniform in +-1/sqrt(in) (kaiming_uniform_ with a = sqrt 5), drawn in float32."""
+    device = generator.device if generator is not None else "cpu"
+    A = torch.empty(r, in_features, device=device).uniform_(-in_features ** -0.5, in_features ** -0.5, generator=generator)
+    return A.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def lora_modules(model):
+    """[(name, LoRALinear)] of the modules that carry a trained LoRA, in the order of named_modules()."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A is not None]
+
+
+def replace_module(model, name, module):
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+def add_lora(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES, generator=None):
+    """Attach a trainable LoRA to every target module, in place, and freeze all other parameters. Returns the model.
+
+    r: rank; lora_alpha: the scaling is lora_alpha / r; target_modules: leaf names; generator: for A (B starts at 0,
+    so the model's output does not change). Raises ValueError: r or lora_alpha not positive, an unknown target, or a
+    model that has a LoRA already.
+    """
+    unknown = [name for name in target_modules if name not in TARGET_MODULES]
+    if unknown or not target_modules:
+        raise ValueError(f"target_modules {list(target_modules)}: choose from {', '.join(TARGET_MODULES)}")
+    if not (isinstance(r, int) and r > 0) or not lora_alpha > 0:
+        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive, r a whole number")
+    if lora_modules(model):
+        raise ValueError("the model has a LoRA already: remove_lora(model) first")
+    model.requires_grad_(False)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, Linear) and name.rpartition(".")[2] in target_modules:
+            module = LoRALinear(linear)
+            module.r, module.lora_alpha = r, lora_alpha
+            module.lora_A = nn.Parameter(draw_A(r, linear.in_features, linear.weight, generator))
+            module.lora_B = nn.Parameter(module.lora_A.new_zeros(linear.out_features, r))
+            replace_module(model, name, module)
+    return model
+
+
+def remove_lora(model):
+    """Take the trained LoRA off, in place; the base weights are as they were before add_lora, and stay frozen."""
+    for name, module in lora_modules(model):
+        linear = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear.weight, linear.bias, linear.matmul_dtype = module.weight, module.bias, module.matmul_dtype
+        replace_module(model, name, linear)
+
+
+@contextmanager
+def lora_disabled(model):
+    """Inside the `with` block the model is its base, bit for bit."""
+    modules = [module for _, module in lora_modules(model)]
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = True
+
+
+@contextmanager
+def aux_lora(model, generator=None):
+    """The auxiliary LoRA of Eq 2: attached at zero effect (A drawn, B = 0), removed when the `with` block ends.
+
+    Yields the tensors the ascent may move: the B of every module, since with B = 0 the gradient on A is exactly zero.
+    It sits where the trained LoRA sits, with its r and scaling; on a model without one, on all linear layers of all
+    blocks with r 8, scaling 16 / 8. generator: draws A, module after module in the order of named_modules().
+    """
+    attached, converted = [module for _, module in lora_modules(model)], []
+    if not attached:                                                          # full tuning
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, Linear) and name.rpartition(".")[2] in TARGET_MODULES:
+                module = LoRALinear(linear)
+                module.r, module.lora_alpha = 8, 16
+                converted.append((name, linear))
+                attached.append(module)
+                replace_module(model, name, module)
+    try:
+        for module in attached:
+            module.aux_A = draw_A(module.r, module.in_features, module.weight, generator)
+            module.aux_B = module.aux_A.new_zeros(module.out_features, module.r).requires_grad_()
+        yield [module.aux_B for module in attached]
+    finally:
+        for module in attached:
+            module.aux_A = module.aux_B = None
+        for name, linear in converted:
+            replace_module(model, name, linear)

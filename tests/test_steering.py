@@ -1,0 +1,145 @@
+"""Claim: representation steering adds d_l to the output of block l, and does nothing else.
+
+Zero vectors leave every state as it is, bit for bit; d_l changes the states from layer l on; the last vector acts
+before the final norm; nothing stays behind. h' equals transformers' with the same vectors added by hooks: 1e-5 in fp32.
+"""
+import pytest
+import torch
+
+from lfu_min.model import Llama, LlamaConfig
+from lfu_min.steering import aux_steering
+
+L = 3
+
+
+def tiny(dtype=torch.float32):
+    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20, num_hidden_layers=L,
+                              num_attention_heads=4, num_key_value_heads=2, head_dim=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.3, generator=generator)
+            if "norm" in name:
+                p += 1
+    return model.to(dtype)
+
+
+def some_ids():
+    return torch.randint(29, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def random_vectors():
+    return torch.randn(L, 16, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def steered_states(model, vectors):
+    with aux_steering(model) as moved:
+        for d, value in zip(moved, vectors):
+            d += value
+        return model.hidden_states(some_ids())
+
+
+def hooks(model):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zero_vectors_have_no_effect_bit_for_bit(dtype):
+    model = tiny(dtype)
+    with torch.no_grad():
+        plain = model.hidden_states(some_ids())
+    assert all(torch.equal(a, b) for a, b in zip(steered_states(model, torch.zeros(L, 16)), plain))
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float64, torch.float64), (torch.float32, torch.float32),
+                                             (torch.bfloat16, torch.float32), (torch.float16, torch.float32)])
+def test_one_vector_a_block_in_the_residual_streams_dtype(dtype, expected):
+    model = tiny(dtype)
+    with aux_steering(model) as moved:
+        assert [(d.shape, d.dtype, d.requires_grad) for d in moved] == [((16,), expected, True)] * L
+        model.hidden_states(some_ids())[-1].sum().backward()
+        assert all(d.grad.dtype == expected and d.grad.count_nonzero() for d in moved)
+
+
+@pytest.mark.parametrize("layer", range(1, L + 1))
+def test_a_vector_changes_its_layer_and_the_later_ones_alone(layer):
+    model, vectors = tiny(), torch.zeros(L, 16)
+    vectors[layer - 1] = random_vectors()[layer - 1]
+    with torch.no_grad():
+        plain = model.hidden_states(some_ids())
+    steered = steered_states(model, vectors)
+    for l, (a, b) in enumerate(zip(steered, plain)):
+        assert torch.equal(a, b) if l < layer else ((a - b).abs().amax(-1) > 1e-3).all(), l
+    if layer < L:
+        torch.testing.assert_close(steered[layer] - plain[layer], vectors[layer - 1].expand(2, 7, -1), rtol=0, atol=1e-5)
+
+
+def test_the_last_vector_is_added_before_the_final_norm():
+    model, d, seen = tiny(), random_vectors()[-1], []
+    hook = model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        plain = model.hidden_states(some_ids())[-1]
+    hook.remove()
+    steered = steered_states(model, torch.stack([*torch.zeros(L - 1, 16), d]))[-1]
+    with torch.no_grad():
+        assert torch.equal(steered, model.model.norm(seen[0] + d))
+    assert (steered - (plain + d)).abs().max() > 0.1                          # the planted mistake: added after the norm
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_behind_also_after_an_exception(fails):
+    model = tiny()
+    with torch.no_grad():
+        plain, before = model.hidden_states(some_ids()), hooks(model)
+    try:
+        with aux_steering(model) as moved:
+            assert sum(hooks(model)) == sum(before) + L
+            with torch.no_grad():
+                for d in moved:
+                    d += 1
+            if fails:
+                raise RuntimeError("planted")
+    except RuntimeError:
+        pass
+    assert hooks(model) == before
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model.hidden_states(some_ids()), plain))
+
+
+def test_activation_checkpointing_keeps_the_vectors_gradient():
+    """The hook sits outside the recomputed block: applied once, not twice."""
+    model, gradients = tiny(), []
+    for model.activation_checkpointing in (False, True):
+        with aux_steering(model) as moved:
+            model.hidden_states(some_ids())[-1].square().sum().backward()
+            gradients.append([d.grad for d in moved])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_steered_states_equal_transformers_with_the_same_hooks():
+    transformers = pytest.importorskip("transformers")
+    model, vectors, c = tiny(), random_vectors(), tiny().config
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=L,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim,
+        rms_norm_eps=c.rms_norm_eps, attn_implementation="eager")).eval()
+    reference.load_state_dict(model.state_dict())
+
+    def expected(layers):                                   # vectors[i] on the block layers[i]
+        def add(d):
+            return lambda module, inputs, output: (output[0] + d, *output[1:]) if isinstance(output, tuple) else output + d
+        # In front of transformers' own hooks, which record hidden_states.
+        attached = [reference.model.layers[i].register_forward_hook(add(d), prepend=True) for i, d in zip(layers, vectors)]
+        with torch.no_grad():
+            states = reference(some_ids(), output_hidden_states=True).hidden_states
+        for hook in attached:
+            hook.remove()
+        return states
+
+    got = steered_states(model, vectors)
+    right, wrong = expected(range(L)), expected(reversed(range(L)))           # the planted mistake: vectors swapped
+    difference = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, right)]
+    assert len(got) == len(right) == L + 1 and max(difference) <= 1e-5
+    assert min(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got[1:], wrong[1:])) > 1e-3
