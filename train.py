@@ -1,0 +1,243 @@
+"""Fine-tune a Llama with LfU, or with plain SFT to compare:  python train.py --aux lora
+
+Without --model it takes the bundled model and its 256 word problems, and needs neither network nor GPU. With --model it
+takes any Llama checkpoint folder, with the settings of the paper's authors. `--aux none` is plain SFT.
+
+The method itself is lfu_min/lfu.py; this file is settings, data, optimizer and log, from top to bottom.
+"""
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from lfu_min import data, runs
+from lfu_min.adapter import save_adapter
+from lfu_min.checkpoint import load_config, load_model, save_model
+from lfu_min.generate import generate
+from lfu_min.lfu import AUX_KINDS, lfu_backward, parse_layers
+from lfu_min.lora import TARGET_MODULES, add_lora
+from lfu_min.tokenizer import load_tokenizer
+
+# Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama. BUNDLED: chosen for the bundled
+# model on its validation split (RESULTS.md says how).
+AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
+BUNDLED = dict(epochs=12.0, batch_size=16, accumulate=1, lr=2e-3, max_len=256,
+               model=str(runs.BUNDLED), data=str(runs.BUNDLED / "data" / "word_problems_train.jsonl"))
+
+
+def get_settings(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("model and data (each default in brackets: bundled model / with --model)")
+    g.add_argument("--model", help="Hugging Face folder of a Llama [the bundled one / required]")
+    g.add_argument("--data", help=".json or .jsonl file of examples [256 word problems / required]")
+    g.add_argument("--template", choices=data.TEMPLATES, default="plain", help="how a question becomes a prompt")
+    g.add_argument("--max-len", type=int, help="tokens; longer examples are dropped [256 / 2048]")
+    g = p.add_argument_group("LfU")
+    g.add_argument("--aux", choices=AUX_KINDS, default="lora", help="auxiliary components; none = plain SFT")
+    g.add_argument("--lam", type=float, default=5.0, help="lambda, weight of the consistency loss; 0 = plain SFT")
+    g.add_argument("--alpha", type=float, default=0.1, help="length of the ascent step")
+    g.add_argument("--layers", default="all", help="layers compared: all, early, middle, late or a-b (from 1, inclusive)")
+    g.add_argument("--ascent-batch", choices=("same", "other"), default="same",
+                   help="batch of the ascent's gradient; other = a second shuffled one, as in the authors' code")
+    g = p.add_argument_group("what is trained")
+    g.add_argument("--tune", choices=("lora", "full"), default="lora")
+    g.add_argument("--r", type=int, default=8, help="LoRA rank")
+    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA scaling is this / r")
+    g.add_argument("--target-modules", nargs="+", choices=TARGET_MODULES, default=list(TARGET_MODULES), metavar="NAME")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=float, help="passes over the data [12 / 3]")
+    g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
+    g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
+    g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
+    g.add_argument("--lr", type=float, help="peak learning rate [0.002 / 0.0001]")
+    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps that warm up; then cosine to 0")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g = p.add_argument_group("the run")
+    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    g.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto", help="of matmuls; auto = fp16 on CUDA, else fp32")
+    g.add_argument("--activation-checkpointing", action="store_true", help="less memory, one more forward a backward")
+    g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
+    g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
+                   "[a word problem and one question of each category / none]")
+    s = p.parse_args(argv)
+    for name, value in (BUNDLED if s.model is None else AUTHORS).items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    if s.data is None:
+        raise ValueError("--data is missing: with --model, name a .json or .jsonl file of examples")
+    for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr", "clip", "max_len"):
+        value = getattr(s, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+    if s.seed < 0:
+        raise ValueError(f"--seed {s.seed} should be at least 0")
+    for name, top in (("lam", math.inf), ("alpha", math.inf), ("warmup", 1 + 1e-9)):
+        if not 0 <= getattr(s, name) < top:
+            raise ValueError(f"--{name} {getattr(s, name)} should be at least 0 and {'at most 1' if top < 2 else 'finite'}")
+    return s
+
+
+def main(argv=None):
+    """Run one fine-tuning. Returns the run's folder and its log, a list of dictionaries. Raises ValueError on bad input."""
+    s = get_settings(argv)
+    started = time.time()
+
+    # ---- everything that can be wrong is looked at before anything slow starts
+    device = runs.pick_device(s.device)
+    s.dtype, dtype = runs.pick_dtype(s.dtype, device)
+    out = Path(s.out) if s.out else runs.next_run(s.aux)
+    runs.check_out(out)
+    config = load_config(s.model)
+    parse_layers(s.layers, config.num_hidden_layers)
+    tokenizer = load_tokenizer(s.model)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{s.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size} rows")
+    if s.max_len > config.max_position_embeddings:
+        s.max_len = config.max_position_embeddings
+    examples, dropped = data.load_dataset(s.data, tokenizer, s.template, s.max_len)
+    questions = s.ask if s.ask is not None else default_questions(s)
+
+    # ---- model. Weights are in half precision only where they are frozen; trained ones stay in float32.
+    model = load_model(s.model, device, dtype if s.tune == "lora" else torch.float32)
+    model.activation_checkpointing = s.activation_checkpointing
+    if s.tune == "lora":
+        add_lora(model, s.r, s.lora_alpha, s.target_modules, generator=torch.Generator().manual_seed(s.seed))
+    else:
+        model.set_matmul_dtype(dtype)
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    # ---- optimizer and schedule
+    optimizer = torch.optim.AdamW(params, lr=s.lr, weight_decay=0.0, fused=device.type == "cuda" or None)
+    per_step = s.batch_size * s.accumulate                                    # examples an optimizer step
+    steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(examples) / per_step))
+    warmup = math.ceil(s.warmup * steps)
+    def lr_at(step):                                                          # step counts from 1
+        return s.lr * (step / warmup if step <= warmup else
+                       0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    # The auxiliary LoRA draws from a generator of its own, seeded anew for every micro-batch: SFT and LfU with one seed
+    # see the same batches and start from the same adapter.
+    aux_generator = torch.Generator(device if device.type == "cuda" else "cpu")
+    loss_scale = 16.0 if s.dtype == "fp16" else None                          # times the step's supervised tokens
+
+    describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
+    before = answers(model, tokenizer, questions, s)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_json(out / "settings.json", {**vars(s), "out": str(out), "steps": steps, "examples": len(examples),
+                                            "dropped": dropped, "data_sha256": data.data_hash(s.data), **runs.environment()})
+    log, log_file = [], open(out / "log.jsonl", "w", encoding="utf-8")
+
+    # ---- the loop: one optimizer step a turn
+    training = time.time()
+    for step in range(1, steps + 1):
+        tic = time.perf_counter()
+        chosen = data.batch_order(len(examples), per_step, s.seed, step - 1)
+        others = data.batch_order(len(examples), per_step, s.seed + 1, step - 1)         # for --ascent-batch other
+        micro = range(0, len(chosen), s.batch_size)
+        targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])     # supervised tokens in this step
+        results, tokens = [], 0
+        for start in micro:
+            aux_generator.manual_seed(1 + s.seed + 1_000_003 * ((step - 1) * s.accumulate + start // s.batch_size))
+            ids, labels = data.collate([examples[i] for i in chosen[start:start + s.batch_size]], tokenizer.eos_id)
+            other = None
+            if s.ascent_batch == "other":
+                other = data.collate([examples[i] for i in others[start:start + s.batch_size]], tokenizer.eos_id)
+                other = other[0].to(device), other[1]
+            tokens += ids.numel()
+            # l_SFT is the mean over the whole step's supervised tokens, l_cons the mean over its micro-batches.
+            results.append(lfu_backward(
+                model, ids.to(device, non_blocking=True), labels, s.aux, s.lam / len(micro), s.alpha, s.layers,
+                aux_generator, num_target_tokens=targets, ascent_batch=other,
+                loss_scale=loss_scale and loss_scale * targets))
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # the step's one wait for a GPU
+        record = summarise(results, s.lam, step=step, epoch=step * per_step / len(examples), lr=lr_at(step),
+                           grad_norm=grad_norm, loss_scale=loss_scale, tokens=tokens, target_tokens=targets)
+        if not math.isfinite(record["loss"]):
+            raise ValueError(f"step {step}: the loss is {record['loss']}; try a smaller --lr"
+                             + (", or --dtype bf16 or fp32: float16 may overflow" if s.dtype == "fp16" else ""))
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        elif loss_scale and loss_scale > 2**-10:                              # float16 overflow in a backward: skip, and
+            loss_scale /= 2                                                   # try smaller numbers from here on
+        else:
+            raise ValueError(f"step {step}: the gradient's norm is {grad_norm}; try a smaller --lr")
+        optimizer.zero_grad(set_to_none=True)
+        record["ms"] = 1000 * (time.perf_counter() - tic)
+        log.append(record)
+        print(json.dumps(record), file=log_file, flush=True)
+        if step in (1, steps) or step % max(1, steps // 20) == 0:
+            print(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
+    log_file.close()
+
+    # ---- save, and show what changed
+    if s.tune == "lora":
+        save_adapter(model, out, base_model_name_or_path=s.model)
+    else:
+        save_model(model, out, base_dir=s.model)
+    for question, old, new in zip(questions, before, answers(model, tokenizer, questions, s)):
+        print(f"\nquestion  {question}\n  before  {old}\n  after   {new}")
+    peak = runs.peak_memory_mib(device)
+    print(f"\nsaved {out}  ({runs.duration(time.time() - started)}" + (f", peak memory {peak:.0f} MiB" if peak else "") + ")")
+    return out, log
+
+
+def default_questions(s):
+    """For the bundled model: a word problem and one question of each category, all of them from validation splits."""
+    if Path(s.model) != runs.BUNDLED:
+        return []
+    names = ("word_problems", "math", "knowledge", "reasoning", "helpfulness")
+    return [data.read_examples(runs.BUNDLED / "data" / f"{name}_validation.jsonl")[0].prompt for name in names]
+
+
+def answers(model, tokenizer, questions, s):
+    prompts = [data.prompt_ids(tokenizer, question, s.template) for question in questions]
+    replies = generate(model, prompts, max_new_tokens=80, stop_ids=tokenizer.eos_ids) if prompts else []
+    return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
+
+
+def summarise(results, lam, **fields):
+    """One log record from the micro-batches' results: sums where lfu_backward divides by the step, means elsewhere."""
+    total = lambda name: sum(r[name] for r in results)
+    sft, consistency = total("sft").item(), total("consistency").item() / len(results)
+    of_sft, of_consistency = total("sft_grad_norm").item(), total("consistency_grad_norm").item()
+    return dict(step=fields.pop("step"), loss=sft + lam * consistency, sft=sft, consistency=consistency,
+                ascent_norm=total("ascent_norm").item() / len(results), **fields,
+                sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
+                consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
+                consistency_per_layer=(total("consistency_per_layer") / len(results)).tolist())
+
+
+def step_line(r, steps, eta):
+    per_second = r["tokens"] / r["ms"] * 1000
+    return (f"step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:7.4f}  sft {r['sft']:7.4f}  "
+            f"cons {r['consistency']:.2e}  share {r['consistency_share']:4.0%}  ascent |g| {r['ascent_norm']:8.3f}  "
+            f"grad {r['grad_norm']:7.3f}  lr {r['lr']:.1e}  {r['ms']:6.0f} ms  {per_second:7.0f} tok/s  "
+            f"ETA {runs.duration(eta)}")
+
+
+def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device):
+    """Print what is about to run, and one example as the model will see it."""
+    trainable, everything = sum(p.numel() for p in params), sum(p.numel() for p in model.parameters())
+    auxiliary = {"none": 0, "inplace": trainable, "reps": model.config.num_hidden_layers * model.config.hidden_size,
+                 "lora": trainable if s.tune == "lora" else "a LoRA of r 8"}[s.aux]
+    tokens = sum(len(ids) for ids, _ in examples) / len(examples)
+    versions = runs.environment()["versions"]
+    print(f"lfu_min  aux {s.aux}  lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  tune {s.tune}  "
+          f"device {device}  dtype {s.dtype}  python {versions['python']}  torch {versions['torch']}")
+    print(f"model    {s.model}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, "
+          f"{auxiliary if isinstance(auxiliary, str) else format(auxiliary, ',')} auxiliary")
+    print(f"data     {s.data}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
+    print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak lr {s.lr:g}, seed {s.seed}")
+    ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
+    prompt, reply = (tokenizer.decode([i for i, l in zip(ids, labels) if (l == -100) == masked]) for masked in (True, False))
+    print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n")
+
+
+if __name__ == "__main__":
+    runs.command_line(main)
