@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lfu_min import data, runs
+from lfu_min import data, distributed, runs
 from lfu_min.adapter import save_adapter
 from lfu_min.checkpoint import load_config, load_model, save_model
 from lfu_min.generate import generate
@@ -88,7 +88,8 @@ def main(argv=None):
     started = time.time()
 
     # ---- everything that can be wrong is looked at before anything slow starts
-    device = runs.pick_device(s.device)
+    rank, world, device = distributed.join(runs.pick_device(s.device))        # 0, 1, device without torchrun
+    say = print if rank == 0 else lambda *words, **options: None
     s.dtype, dtype = runs.pick_dtype(s.dtype, device)
     out = Path(s.out) if s.out else runs.next_run(s.aux)
     runs.check_out(out)
@@ -113,7 +114,7 @@ def main(argv=None):
 
     # ---- optimizer and schedule
     optimizer = torch.optim.AdamW(params, lr=s.lr, weight_decay=0.0, fused=device.type == "cuda" or None)
-    per_step = s.batch_size * s.accumulate                                    # examples an optimizer step
+    per_step = s.batch_size * s.accumulate * world                            # examples an optimizer step
     steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(examples) / per_step))
     warmup = math.ceil(s.warmup * steps)
     def lr_at(step):                                                          # step counts from 1
@@ -124,12 +125,15 @@ def main(argv=None):
     aux_generator = torch.Generator(device if device.type == "cuda" else "cpu")
     loss_scale = 16.0 if s.dtype == "fp16" else None                          # times the step's supervised tokens
 
-    describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
-    before = answers(model, tokenizer, questions, s)
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "settings.json", {**vars(s), "out": str(out), "steps": steps, "examples": len(examples),
-                                            "dropped": dropped, "data_sha256": data.data_hash(s.data), **runs.environment()})
-    log, log_file = [], open(out / "log.jsonl", "w", encoding="utf-8")
+    log, log_file, before = [], None, []
+    if rank == 0:
+        describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
+        before = answers(model, tokenizer, questions, s)
+        out.mkdir(parents=True, exist_ok=True)
+        runs.write_json(out / "settings.json", {
+            **vars(s), "out": str(out), "steps": steps, "examples": len(examples), "dropped": dropped, "processes": world,
+            "data_sha256": data.data_hash(s.data), **runs.environment()})
+        log_file = open(out / "log.jsonl", "w", encoding="utf-8")
 
     # ---- the loop: one optimizer step a turn
     training = time.time()
@@ -140,8 +144,8 @@ def main(argv=None):
         micro = range(0, len(chosen), s.batch_size)
         targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])     # supervised tokens in this step
         results, tokens = [], 0
-        for start in micro:
-            aux_generator.manual_seed(1 + s.seed + 1_000_003 * ((step - 1) * s.accumulate + start // s.batch_size))
+        for start in micro[rank::world]:
+            aux_generator.manual_seed(1 + s.seed + 1_000_003 * ((step - 1) * per_step + start))
             ids, labels = data.collate([examples[i] for i in chosen[start:start + s.batch_size]], tokenizer.eos_id)
             other = None
             if s.ascent_batch == "other":
@@ -155,9 +159,10 @@ def main(argv=None):
                 loss_scale=loss_scale and loss_scale * targets))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
+        distributed.add_up_gradients(params)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # the step's one wait for a GPU
-        record = summarise(results, s.lam, step=step, epoch=step * per_step / len(examples), lr=lr_at(step),
-                           grad_norm=grad_norm, loss_scale=loss_scale, tokens=tokens, target_tokens=targets)
+        record = summarise(results, s.lam, len(micro), tokens, device, step=step, epoch=step * per_step / len(examples), lr=lr_at(step),
+                           grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"step {step}: the loss is {record['loss']}; try a smaller --lr"
                              + (", or --dtype bf16 or fp32: float16 may overflow" if s.dtype == "fp16" else ""))
@@ -170,9 +175,13 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         record["ms"] = 1000 * (time.perf_counter() - tic)
         log.append(record)
-        print(json.dumps(record), file=log_file, flush=True)
+        if rank == 0:
+            print(json.dumps(record), file=log_file, flush=True)
         if step in (1, steps) or step % max(1, steps // 20) == 0:
-            print(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
+            say(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
+    distributed.leave()
+    if rank != 0:                                                             # every process has the same weights
+        return out, log
     log_file.close()
 
     # ---- save, and show what changed
@@ -201,16 +210,23 @@ def answers(model, tokenizer, questions, s):
     return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
 
 
-def summarise(results, lam, **fields):
-    """One log record from the micro-batches' results: sums where lfu_backward divides by the step, means elsewhere."""
-    total = lambda name: sum(r[name] for r in results)
-    sft, consistency = total("sft").item(), total("consistency").item() / len(results)
-    of_sft, of_consistency = total("sft_grad_norm").item(), total("consistency_grad_norm").item()
-    return dict(step=fields.pop("step"), loss=sft + lam * consistency, sft=sft, consistency=consistency,
-                ascent_norm=total("ascent_norm").item() / len(results), **fields,
+def summarise(results, lam, micro_batches, tokens, device, **fields):
+    """One log record from this process's results: sums where lfu_backward divides by the whole step, means elsewhere."""
+    names = ("sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
+    totals = torch.zeros(len(names) + 1, device=device)
+    totals[-1] = tokens
+    for r in results:
+        totals[:-1] += torch.stack([r[name] for name in names])
+    layers = sum(r["consistency_per_layer"] for r in results) if results else None
+    distributed.add_up([totals])
+    total = dict(zip(names, totals.tolist()))
+    consistency = total["consistency"] / micro_batches
+    of_sft, of_consistency = total["sft_grad_norm"], total["consistency_grad_norm"]
+    return dict(step=fields.pop("step"), loss=total["sft"] + lam * consistency, sft=total["sft"], consistency=consistency,
+                ascent_norm=total["ascent_norm"] / micro_batches, **fields, tokens=int(totals[-1]),
                 sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
-                consistency_per_layer=(total("consistency_per_layer") / len(results)).tolist())
+                consistency_per_layer=[] if layers is None else (layers / len(results)).tolist())
 
 
 def step_line(r, steps, eta):
