@@ -176,7 +176,8 @@ def main(argv=None):
         record["ms"] = 1000 * (time.perf_counter() - tic)
         log.append(record)
         if rank == 0:
-            print(json.dumps(record), file=log_file, flush=True)
+            print(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}),
+                  file=log_file, flush=True)                                  # JSON has no inf and no nan
         if step in (1, steps) or step % max(1, steps // 20) == 0:
             say(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
     distributed.leave()

@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from .checkpoint import read_json, save_model
-from .lora import TARGET_MODULES, add_lora, lora_modules, remove_lora
+from .checkpoint import open_weights, read_json, save_model
+from .lora import TARGET_MODULES, add_lora, check_rank, lora_modules, remove_lora
 from .model import Linear
+
+# Fields of adapter_config.json that do not change what a plain LoRA computes; any other must be unset.
+PLAIN_FIELDS = {
+    "peft_type", "peft_version", "task_type", "base_model_name_or_path", "auto_mapping", "revision", "inference_mode", "r",
+    "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config",
+    "corda_config", "megatron_config", "megatron_core", "layers_pattern", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying"}
 
 
 def save_adapter(model, out_dir, base_model_name_or_path=None):
@@ -47,22 +54,27 @@ def load_adapter(model, adapter_dir):
     config = read_json(adapter_dir / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{adapter_dir}: peft_type {config.get('peft_type')!r} is not implemented, only 'LORA'")
-    for name, plain in (("bias", "none"), ("use_rslora", False), ("use_dora", False), ("fan_in_fan_out", False),
-                        ("modules_to_save", None), ("layers_to_transform", None), ("rank_pattern", {}),
-                        ("alpha_pattern", {}), ("lora_bias", False), ("trainable_token_indices", None)):
-        if config.get(name) not in (plain, None):
-            raise ValueError(f"{adapter_dir}: {name} = {config[name]!r} is not implemented, only {plain!r}")
+    for name, value in config.items():                        # anything but a plain LoRA computes something else
+        if name not in PLAIN_FIELDS and value and (name, value) != ("bias", "none"):
+            raise ValueError(f"{adapter_dir}: {name} = {value!r} is not implemented, only plain LoRA is")
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        raise ValueError(f"{adapter_dir}: init_lora_weights = {config['init_lora_weights']!r} changes the base weights, "
+                         "which is not implemented")
     lacking = [name for name in ("r", "lora_alpha", "target_modules") if not config.get(name)]
     if lacking:
         raise ValueError(f"{adapter_dir}/adapter_config.json lacks {', '.join(lacking)}")
+    check_rank(config["r"], config["lora_alpha"])
     file = adapter_dir / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     # peft's in-memory keys say lora_A.default.weight, its files lora_A.weight; both are read.
-    stored = {key.replace(".default.weight", ".weight"): tensor for key, tensor in load_file(str(file)).items()}
+    with open_weights(file) as f:
+        stored = {key.replace(".default.weight", ".weight"): f.get_tensor(key) for key in f.keys()}
     targets = config["target_modules"]
     if isinstance(targets, str):                              # "all-linear" or a pattern: the file's keys say which
-        targets = {key.split(".")[-3] for key in stored}
+        targets = {key.split(".")[-3] for key in stored if key.count(".") > 2}
+    if not isinstance(targets, (list, set)) or not set(targets) <= set(TARGET_MODULES):
+        raise ValueError(f"{adapter_dir}: target_modules {targets!r}: known are {', '.join(TARGET_MODULES)}")
     wanted = {}                                               # key in the file -> expected shape
     for name, linear in model.named_modules():
         if isinstance(linear, Linear) and name.rpartition(".")[2] in targets:
@@ -106,4 +118,6 @@ def export_merged(model, base_dir, out_dir):
 
     The model itself is left as it is. transformers' from_pretrained and load_model read the folder.
     """
+    if Path(out_dir).resolve() == Path(base_dir).resolve():
+        raise ValueError(f"{out_dir} is the base model's own folder: name another one to export to")
     save_model(model, out_dir, base_dir, state_dict=merged_state_dict(model))

@@ -32,10 +32,16 @@ def parse_config(raw):
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads") or heads
+    check_numbers({**{name: raw[name] for name in required}, "num_key_value_heads": kv_heads,
+                   "max_position_embeddings": raw.get("max_position_embeddings", 2048)}, int)
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    check_numbers({"head_dim": head_dim}, int)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of num_key_value_heads "
                          f"{kv_heads}, and head_dim {head_dim} must be even")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"config.json: {name} = {raw[name]!r} should be an object or null")
     rope = dict(raw.get("rope_scaling") or {}, **(raw.get("rope_parameters") or {}))
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -48,14 +54,22 @@ def parse_config(raw):
         if lacking:
             raise ValueError(f"config.json: RoPE type 'llama3' lacks {', '.join(lacking)}")
         scaling = {name: rope[name] for name in names}
+        check_numbers(scaling, (int, float))
     elif kind != "default":
         raise ValueError(f"config.json: RoPE type {kind!r} is not implemented, only 'default' and 'llama3'")
+    check_numbers({"rope_theta": theta, "rms_norm_eps": raw.get("rms_norm_eps", 1e-6)}, (int, float))
     return LlamaConfig(
         **{name: raw[name] for name in required}, num_key_value_heads=kv_heads, head_dim=head_dim,
         max_position_embeddings=raw.get("max_position_embeddings", 2048), rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta), rope_scaling=scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)), mlp_bias=bool(raw.get("mlp_bias", False)))
+
+
+def check_numbers(values, kind):
+    for name, value in values.items():
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"config.json: {name} = {value!r} should be a positive {'integer' if kind is int else 'number'}")
 
 
 def read_json(path):
@@ -88,8 +102,8 @@ def weight_files(path):
             return {name: single for name in f.keys()}
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map of tensor names to files")
         return {name: Path(path) / file for name, file in weight_map.items()}
     raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
 
@@ -141,6 +155,10 @@ def load_model(path, device="cpu", dtype=None):
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+        if "lm_head.weight" in files:
+            with open_weights(files["lm_head.weight"]) as f:
+                if not torch.equal(f.get_tensor("lm_head.weight").to(model.lm_head.weight), model.lm_head.weight):
+                    raise ValueError(f"{path}: config.json ties the head to the embedding, but lm_head.weight differs")
     return model
 
 
@@ -160,17 +178,19 @@ def save_model(model, out_dir, base_dir=None, state_dict=None):
     transformers' from_pretrained and load_model read the folder.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    if any(name.endswith(("lora_A", "lora_B")) for name in state_dict):
+        raise ValueError("the model has a LoRA: save_adapter writes it, export_merged writes the merged model")
     if model.config.tie_word_embeddings:
         state_dict.pop("lm_head.weight", None)
     dtype = next(iter(state_dict.values())).dtype
     raw = read_json(Path(base_dir) / "config.json") if base_dir else config_to_dict(model.config, dtype)
+    out_dir.mkdir(parents=True, exist_ok=True)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (out_dir / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if base_dir:
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                     "generation_config.json"):
+                     "generation_config.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"):
             if (Path(base_dir) / name).is_file():
                 shutil.copyfile(Path(base_dir) / name, out_dir / name)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}

@@ -52,7 +52,7 @@ def read_examples(path):
         if not isinstance(records, list):
             raise ValueError(f"{path}: a list of objects is needed, not {_json_type(records)}")
         numbered = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:                                                   # only "\n" ends a line: JSON may contain U+2028 and the like
+    else:                                                   # only "\n" ends a line: U+2028 and the like may be in JSON
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         numbered = [(f"{path}, line {i}", _parse(line, path, i)) for i, line in lines]
     if not numbered:

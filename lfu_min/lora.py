@@ -53,6 +53,11 @@ def lora_modules(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A is not None]
 
 
+def check_rank(r, lora_alpha):
+    if type(r) is not int or r < 1 or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive numbers, r a whole one")
+
+
 def replace_module(model, name, module):
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
@@ -68,8 +73,7 @@ def add_lora(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES, generator
     unknown = [name for name in target_modules if name not in TARGET_MODULES]
     if unknown or not target_modules:
         raise ValueError(f"target_modules {list(target_modules)}: choose from {', '.join(TARGET_MODULES)}")
-    if not (isinstance(r, int) and r > 0) or not lora_alpha > 0:
-        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive, r a whole number")
+    check_rank(r, lora_alpha)
     if lora_modules(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
     model.requires_grad_(False)
@@ -94,14 +98,14 @@ def remove_lora(model):
 @contextmanager
 def lora_disabled(model):
     """Inside the `with` block the model is its base, bit for bit."""
-    modules = [module for _, module in lora_modules(model)]
-    for module in modules:
+    modules = [(module, module.enabled) for _, module in lora_modules(model)]
+    for module, _ in modules:
         module.enabled = False
     try:
         yield
     finally:
-        for module in modules:
-            module.enabled = True
+        for module, enabled in modules:
+            module.enabled = enabled
 
 
 @contextmanager

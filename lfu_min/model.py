@@ -190,7 +190,7 @@ class Llama(nn.Module):
         rope = rope_tables(self.config, positions, x.dtype)
         states = [x]
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, mask, cache, i, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, i)

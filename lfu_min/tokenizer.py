@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3) on tiktoken. data.py, train.py and eval.py call `load_tokenizer`.
+"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3) on tiktoken. train.py and eval.py call `load_tokenizer`.
 
 A Hugging Face tokenizer.json says how text is cut into pieces (normalizer, pre_tokenizer) and how the bytes of a piece
 are merged into tokens (model.vocab, model.merges). tiktoken knows one regular expression and one table {bytes: rank},
@@ -144,7 +144,8 @@ def _from_model(data):
     later releases only gave reserved ones a name. Meta's encoder puts <|begin_of_text|> in front.
     """
     try:
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+        lines = map(bytes.split, data.splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error):
         ranks = {}
     if not all(bytes([b]) in ranks for b in range(256)):
@@ -171,16 +172,16 @@ def _pattern(pre_tokenizer):
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN):
             return regex
-    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those of Llama 3, SmolLM2, "
-                     "Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
+    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those of Llama 3, "
+                     "SmolLM2, Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
     """vocab {bytes: id} and the file's merges, pairs of bytes in order -> tiktoken's table {bytes: id}.
 
-    `tokenizers` merges the listed pairs, first listed first; tiktoken merges whatever gives a token of its table, lowest
-    id first, and takes a piece that is in the table as it is (`tokenizers`: only with ignore_merges). The two agree if
-    merges are listed in the order of ids and each token of the table arises, by tiktoken's rule, from a listed pair.
+    `tokenizers` merges the listed pairs, first listed first; tiktoken merges whatever gives a token of its table,
+    lowest id first, and takes a piece that is in the table as it is (`tokenizers`: only with ignore_merges). They agree
+    if merges are listed in the order of ids and each token of the table arises, by tiktoken's rule, from a listed pair.
     """
     listed = {}                                             # token -> the pairs listed for it
     last = b""
@@ -189,8 +190,8 @@ def _exact_ranks(vocab, merges, ignore_merges):
         if not (left in vocab and right in vocab and token in vocab):
             raise ValueError(f"merge {left!r} + {right!r} or what it makes is not in the vocabulary")
         if last and vocab[token] < vocab[last]:
-            raise ValueError(f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) follows {last!r} "
-                             f"(id {vocab[last]}); tiktoken cannot express that")
+            raise ValueError(f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) follows "
+                             f"{last!r} (id {vocab[last]}); tiktoken cannot express that")
         listed.setdefault(token, []).append((left, right))
         last = token
     ranks = dict(vocab)

@@ -50,12 +50,13 @@ def tiny_tensors(**changes):
 
 def same_weights(model, tensors):
     state = model.state_dict()
-    return all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    return all(torch.equal(state[name], t) and state[name].dtype == t.dtype for name, t in tensors.items())
 
 
 # ---- what transformers writes ----
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, ROPE],
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True},
+                                     {"attention_bias": True, "mlp_bias": True}, ROPE],
                          ids=["untied", "tied", "biases", "llama3 RoPE"])
 @pytest.mark.parametrize("form", ["as saved", "v4", "v5"])
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
@@ -270,7 +271,8 @@ def test_broken_shards_are_refused_by_name(tmp_path):
         load_model(tmp_path)
     gone.write_bytes(data)
     weight_map = json.loads(index.read_text())["weight_map"]
-    weight_map["model.norm.weight"] = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    right = weight_map["model.norm.weight"]
+    weight_map["model.norm.weight"] = next(file for file in weight_map.values() if file != right)
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="missing model.norm.weight in model-0000.-of-00003.safetensors, where the"):
         load_model(tmp_path)
@@ -338,11 +340,12 @@ def test_random_model_is_reproducible_and_starts_as_llama_does():
 def test_smollm2_gives_the_logits_and_hidden_states_of_transformers():
     transformers = quiet_transformers()
     path, ids = os.environ["LFU_SMOLLM2"], random_ids(1, 64)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).float()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").float()
     with torch.no_grad():
         reference = theirs(ids, output_hidden_states=True)
         ours = load_model(path, dtype=torch.float32)
-        worst = max(difference(ours.hidden_states(ids), reference.hidden_states), difference(ours(ids), reference.logits))
+        worst = max(difference(ours.hidden_states(ids), reference.hidden_states),
+                    difference(ours(ids), reference.logits))
     print(f"difference {worst:.1e}")
     assert worst <= 1e-5
 
@@ -381,3 +384,25 @@ def test_peak_memory_is_about_one_model(tmp_path, shards, stored, dtype):
     extra, size = map(int, done.stdout.split())
     print(f"peak {extra / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB")
     assert size > 150e6 and extra < 1.2 * size
+
+
+def test_a_tied_head_stored_a_second_time_must_be_the_embedding(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": "32"}, {"vocab_size": None}, {"num_hidden_layers": 2.0}, {"num_key_value_heads": -2}, {"head_dim": -2},
+    {"num_attention_heads": 0}, {"rope_theta": -1.0}, {"rms_norm_eps": "small"}, {"rope_scaling": "yarn"}], ids=str)
+def test_numbers_out_of_range_are_named(tmp_path, changes):
+    model = tiny_model()
+    save_model(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}))
+    with pytest.raises(ValueError, match=next(iter(changes))) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)

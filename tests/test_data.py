@@ -45,13 +45,15 @@ QA = {"question": "2+2?", "answer": "4"}
 
 
 def test_the_three_formats_in_both_file_types(tmp_path):
-    records = [QA, {"instruction": "Add", "input": "2 and 2", "output": "4"}, {"instruction": "Hi", "input": "", "output": "Ho"},
-               {"instruction": "Hi", "input": None, "output": "Ho"}, {"instruction": "Hi", "output": "Ho", "id": 7},
+    records = [QA, {"instruction": "Add", "input": "2 and 2", "output": "4"},
+               {"instruction": "Hi", "input": "", "output": "Ho"}, {"instruction": "Hi", "input": None, "output": "Ho"},
+               {"instruction": "Hi", "output": "Ho", "id": 7},
                {"prompt": "a\u2028b", "response": " c "}]
     expected = [("2+2?", "4"), ("Add\n2 and 2", "4"), ("Hi", "Ho"), ("Hi", "Ho"), ("Hi", "Ho"), ("a\u2028b", " c ")]
     assert read_examples(write(tmp_path, lines(*records))) == expected
     assert read_examples(write(tmp_path, json.dumps(records, indent=1), "data.json")) == expected
-    assert read_examples(write(tmp_path, json.dumps(records[-1], ensure_ascii=False))) == expected[-1:]     # U+2028 stays
+    raw = json.dumps(records[-1], ensure_ascii=False)       # U+2028 as it is: does not end a line
+    assert read_examples(write(tmp_path, raw)) == expected[-1:]
 
 
 def test_windows_files_just_work(tmp_path):
@@ -67,7 +69,8 @@ def test_plain_template():
     assert labels == [-100] * len(prompt) + ords(" 4") + [2]
     assert prompt_ids(Letters(), "2+2?") == prompt          # generation starts exactly where training does
     ids, labels = encode_example(Letters(bos_id=0), Example("2+2?", "4"))
-    assert ids == [0] + prompt + ords(" 4") + [2] and labels[:len(prompt) + 2] == [-100] * (len(prompt) + 1) + [ord(" ")]
+    assert ids == [0] + prompt + ords(" 4") + [2]
+    assert labels == [-100] * (len(prompt) + 1) + ords(" 4") + [2]
 
 
 def test_alpaca_template_is_tokenised_piece_by_piece():
@@ -85,7 +88,8 @@ def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
     length = len("Question: 2+2?\nAnswer: 4") + 1           # + EOS
     kept, dropped = load_dataset(path, Letters(), max_len=length)
     assert dropped == 1 and kept == [encode_example(Letters(), Example("2+2?", "4"))] * 2
-    with pytest.raises(ValueError, match=f"none of the 3 examples fits into max_len {length - 1}; the shortest has {length}"):
+    message = f"none of the 3 examples fits into max_len {length - 1}; the shortest has {length} tokens"
+    with pytest.raises(ValueError, match=message):
         load_dataset(path, Letters(), max_len=length - 1)
 
 
@@ -118,17 +122,21 @@ BAD = [                                                     # file name, content
     ("data.jsonl", "\ufeff \r\n", "data.jsonl is empty"),
     ("data.json", "[]", "the list is empty"),
     ("data.csv", GOOD, "a .json or .jsonl file is needed"),
-    ("data.jsonl", (GOOD + "\n").encode() + b'{"question": "\xe9"', "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+    ("data.jsonl", (GOOD + "\n").encode() + b'{"question": "\xe9"',
+     "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
     ("data.jsonl", GOOD.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
-    ("data.jsonl", GOOD + "\n\n" + GOOD[:-1], "line 3: not valid JSON (Expecting ',' delimiter at column 34); a .jsonl file"),
+    ("data.jsonl", GOOD + "\n\n" + GOOD[:-1],
+     "line 3: not valid JSON (Expecting ',' delimiter at column 35); a .jsonl file has one object a line"),
     ("data.jsonl", "[\n" + GOOD + "\n]", "line 1: not valid JSON"),
     ("data.json", "[\n" + GOOD + ",\n{]", "line 3: not valid JSON"),
-    ("data.json", GOOD + "\n" + GOOD, "line 2: not valid JSON (Extra data at column 1); if it has one object a line, name it"),
+    ("data.json", GOOD + "\n" + GOOD,
+     "line 2: not valid JSON (Extra data at column 1); if it has one object a line, name it"),
     ("data.json", "[" * 100_000, "line 1: not usable JSON"),
     ("data.json", GOOD, "a list of objects is needed, not an object"),
     ("data.json", f"[{GOOD}, 3]", "item 2: an object is needed, not a number"),
     ("data.jsonl", GOOD + "\n" + '"text"', "line 2: an object is needed, not a string"),
-    ("data.jsonl", '{"question": "a", "text": "b"}', "line 1: has the fields 'question', 'text'; needed are question / answer"),
+    ("data.jsonl", '{"question": "a", "text": "b"}',
+     "line 1: has the fields 'question', 'text'; needed are question / answer, instruction / output"),
     ("data.jsonl", "{}", "line 1: has the fields (none)"),
     ("data.jsonl", GOOD + '\n{"question": "a", "answer": 4}', "line 2: answer must be a string, not a number"),
     ("data.jsonl", '{"question": "a", "answer": true}', "line 1: answer must be a string, not true or false"),

@@ -26,10 +26,10 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def tiny(tune="lora", dtype=torch.float64, layers=4, seed=0):
-    """A model with random weights everywhere (std 0.3, gains around 1), K < H, biases; LoRA with scaling 3/2, B nonzero."""
+    """Random weights everywhere (std 0.3, gains around 1), K < H, biases; a LoRA with scaling 3/2 and B nonzero."""
     model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20, num_hidden_layers=layers,
-                              num_attention_heads=4, num_key_value_heads=2, head_dim=4, attention_bias=True, mlp_bias=True,
-                              tie_word_embeddings=tune == "tied"))
+                              num_attention_heads=4, num_key_value_heads=2, head_dim=4, attention_bias=True,
+                              mlp_bias=True, tie_word_embeddings=tune == "tied"))
     if tune == "lora":
         add_lora(model, r=2, lora_alpha=3)
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def tiny(tune="lora", dtype=torch.float64, layers=4, seed=0):
 
 
 def tiny_batch(seed=1, B=3, T=9):
-    """Unshifted labels over right-padded rows: prompts and padding are -100; a supervised first token predicts nothing."""
+    """Unshifted labels over right-padded rows: prompts and padding are -100; nothing predicts a first token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(29, (B, T), generator=generator)
     labels = ids.clone()
@@ -66,7 +66,7 @@ class States(nn.Module):
 
 
 def run(model, ids, weights=None, added=None):
-    """(states, logits) with `weights` in place of the model's, and the outputs of the modules in `added` changed by it."""
+    """(states, logits) with `weights` for the model's, and `added[name](input)` on top of those modules' outputs."""
     hooks = [model.get_submodule(name).register_forward_hook(lambda module, inputs, output, f=f: output + f(inputs[0]))
              for name, f in (added or {}).items()]
     try:
@@ -119,7 +119,8 @@ def zero_aux(model, aux, generator):
     A = drawn(model, generator)
     scaling = 3 / 2 if lora_modules(model) else 16 / 8
     zero = {n: torch.zeros(model.get_submodule(n).out_features, len(a), dtype=dtype) for n, a in A.items()}
-    return zero, lambda values: dict(added={n: lambda x, a=A[n], b=b: scaling * (x @ a.T) @ b.T for n, b in values.items()})
+    branch = lambda a, b: lambda x: scaling * (x @ a.T) @ b.T
+    return zero, lambda values: dict(added={n: branch(A[n], b) for n, b in values.items()})
 
 
 def total_norm(tensors):
@@ -210,7 +211,8 @@ def test_gradient_and_values_equal_the_definition(aux, tune, dtype):
     assert not any(value.requires_grad for value in result.values())
 
 
-@pytest.mark.parametrize("layers, numbers", [("early", [1, 2]), ("middle", [3]), ("late", [4]), ("2-3", [2, 3]), ("1-1", [1])])
+@pytest.mark.parametrize("layers, numbers", [("early", [1, 2]), ("middle", [3]), ("late", [4]), ("2-3", [2, 3]),
+                                             ("1-1", [1])])
 @pytest.mark.parametrize("aux", AUX)
 def test_layers_limit_the_consistency_term_alone(aux, layers, numbers):
     model, batch = tiny(), tiny_batch()
@@ -320,7 +322,7 @@ def test_ascent_step_has_length_alpha_and_the_gradients_direction(aux, tune, mon
     step = torch.cat([(a - b).flatten() for a, b in zip(after, before)])
     direction = torch.cat([d.flatten() for d in g])
     assert step.norm().item() == pytest.approx(0.3, rel=1e-10)
-    assert torch.dot(step, direction).item() == pytest.approx(0.3 * values["ascent_norm"], rel=1e-10)    # parallel, upwards
+    assert torch.dot(step, direction).item() == pytest.approx(0.3 * values["ascent_norm"], rel=1e-10)  # upwards
     assert all(torch.allclose(a, e, rtol=0, atol=1e-11) for a, e in zip(after, expected.values()))
     if aux != "inplace":                                  # l_cons takes no gradient with respect to th_aux: a constant
         assert all(torch.equal(t.grad, d) for t, d in zip(moved, g))
@@ -387,7 +389,7 @@ def test_ascent_on_another_batch(aux):
 def footprint(model):
     """Everything a call could leave behind, but .grad."""
     return dict(types=[type(m) for m in model.modules()], keys=list(model.state_dict()),
-                hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+                hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
                 tensor_hooks=[len(p._backward_hooks or ()) for p in model.parameters()],
                 aux=[getattr(m, name, None) for m in model.modules() for name in ("aux_A", "aux_B")],
                 ids=[id(p) for p in model.parameters()], trained=[p.requires_grad for p in model.parameters()])
@@ -538,7 +540,7 @@ def test_activation_checkpointing_gives_the_same(aux, tune):
 
 
 def test_restoring_before_the_backward_is_not_exact():
-    """Why step 5 comes before step 6: the authors' order (perturb, forward, restore, backward) mixes two sets of weights."""
+    """Why step 5 comes before 6: the authors' order (perturb, forward, restore, backward) mixes two sets of weights."""
     model, (ids, labels) = tiny("full"), tiny_batch()
     exact = {n: g - s for (n, g), s in zip(definition(model, ids, labels, "inplace")[0].items(),
                                            definition(model, ids, labels, "inplace", lam=0.0)[0].values())}

@@ -72,7 +72,8 @@ def test_a_vector_changes_its_layer_and_the_later_ones_alone(layer):
     for l, (a, b) in enumerate(zip(steered, plain)):
         assert torch.equal(a, b) if l < layer else ((a - b).abs().amax(-1) > 1e-3).all(), l
     if layer < L:
-        torch.testing.assert_close(steered[layer] - plain[layer], vectors[layer - 1].expand(2, 7, -1), rtol=0, atol=1e-5)
+        added = steered[layer] - plain[layer]
+        torch.testing.assert_close(added, vectors[layer - 1].expand(2, 7, -1), rtol=0, atol=1e-5)
 
 
 def test_the_last_vector_is_added_before_the_final_norm():
@@ -84,7 +85,7 @@ def test_the_last_vector_is_added_before_the_final_norm():
     steered = steered_states(model, torch.stack([*torch.zeros(L - 1, 16), d]))[-1]
     with torch.no_grad():
         assert torch.equal(steered, model.model.norm(seen[0] + d))
-    assert (steered - (plain + d)).abs().max() > 0.1                          # the planted mistake: added after the norm
+    assert (steered - (plain + d)).abs().max() > 0.1                  # the planted mistake: added after the norm
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -129,9 +130,10 @@ def test_steered_states_equal_transformers_with_the_same_hooks():
 
     def expected(layers):                                   # vectors[i] on the block layers[i]
         def add(d):
-            return lambda module, inputs, output: (output[0] + d, *output[1:]) if isinstance(output, tuple) else output + d
+            return lambda module, inputs, out: (out[0] + d, *out[1:]) if isinstance(out, tuple) else out + d
         # In front of transformers' own hooks, which record hidden_states.
-        attached = [reference.model.layers[i].register_forward_hook(add(d), prepend=True) for i, d in zip(layers, vectors)]
+        attached = [reference.model.layers[i].register_forward_hook(add(d), prepend=True)
+                    for i, d in zip(layers, vectors)]
         with torch.no_grad():
             states = reference(some_ids(), output_hidden_states=True).hidden_states
         for hook in attached:

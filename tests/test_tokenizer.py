@@ -184,6 +184,22 @@ def test_made_up_merge_tables_are_exact_or_refused(tmp_path):
     assert accepted > 30 and planted > 5
 
 
+def test_a_token_with_a_lower_id_than_its_parts_is_refused(tmp_path):
+    file = file_of("gpt2") | {"added_tokens": []}
+    vocab = {character: byte for character, byte in module._byte_alphabet().items()} | {"bbbb": 256, "bb": 257}
+    file["model"] = {"type": "BPE", "vocab": vocab, "merges": [["bb", "bb"], ["b", "b"]]}
+    with pytest.raises(ValueError, match=r"b'bbbb' \(id 256\) is made from b'bb' \(id 257\)"):
+        load(tmp_path, file)
+
+
+def test_a_control_token_that_is_a_plain_word_is_not_met_in_text(tmp_path):
+    file = file_of("llama3")                                            # ignore_merges: takes pieces that are tokens
+    file["model"]["vocab"]["PAD"] = i = len(file["model"]["vocab"])
+    assert load(tmp_path, file).encode("PAD") == [i]
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": i, "content": "PAD"})
+    assert i not in load(tmp_path, file).encode("PAD")
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_control_strings_are_plain_text(tmp_path, structure):
     file = file_of(structure)
@@ -199,14 +215,13 @@ def test_control_strings_are_plain_text(tmp_path, structure):
 
 
 @pytest.mark.parametrize("structure", ["llama3", "smollm2"])
-@pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "\t ", "!", "1", "'", "é", "\u0301", "\x00", "\x04", "東",
-                                  "\U00040000", "_^", "\x1c!", "\ud800"], ids=ascii)
+@pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "!", "\u0301", "\x04", "_^", "\x1c!"], ids=ascii)
 def test_very_long_runs_do_not_crash(tmp_path, structure, unit):
     text = unit * (1_000_000 // len(unit)) + "x"
     tokenizer = load(tmp_path, file_of(structure))
     ids = tokenizer.encode(text)
     if not tokenizer._missing:
-        assert tokenizer.decode(ids) == text.replace("\ud800", "\ufffd")
+        assert tokenizer.decode(ids) == text
 
 
 def test_long_texts_are_cut_where_it_changes_nothing(tmp_path):
