@@ -59,7 +59,8 @@ def get_settings(argv):
     g = p.add_argument_group("the run")
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    g.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto", help="of matmuls; auto = fp16 on CUDA, else fp32")
+    g.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto",
+                   help="of matrix products; auto = fp16 on CUDA, else fp32")
     g.add_argument("--activation-checkpointing", action="store_true", help="less memory, one more forward a backward")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
     g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
@@ -161,8 +162,8 @@ def main(argv=None):
             group["lr"] = lr_at(step)
         distributed.add_up_gradients(params)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # the step's one wait for a GPU
-        record = summarise(results, s.lam, len(micro), tokens, device, step=step, epoch=step * per_step / len(examples), lr=lr_at(step),
-                           grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
+        record = summarise(results, s.lam, len(micro), tokens, device, step=step,
+                           epoch=step * per_step / len(examples), lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"step {step}: the loss is {record['loss']}; try a smaller --lr"
                              + (", or --dtype bf16 or fp32: float16 may overflow" if s.dtype == "fp16" else ""))
@@ -193,7 +194,8 @@ def main(argv=None):
     for question, old, new in zip(questions, before, answers(model, tokenizer, questions, s)):
         print(f"\nquestion  {question}\n  before  {old}\n  after   {new}")
     peak = runs.peak_memory_mib(device)
-    print(f"\nsaved {out}  ({runs.duration(time.time() - started)}" + (f", peak memory {peak:.0f} MiB" if peak else "") + ")")
+    print(f"\nsaved {out}  ({runs.duration(time.time() - started)}"
+          + (f", peak memory {peak:.0f} MiB" if peak else "") + ")")
     return out, log
 
 
@@ -252,7 +254,8 @@ def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, de
     print(f"data     {s.data}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
     print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak lr {s.lr:g}, seed {s.seed}")
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
-    prompt, reply = (tokenizer.decode([i for i, l in zip(ids, labels) if (l == -100) == masked]) for masked in (True, False))
+    prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels) if (label == -100) == masked])
+                     for masked in (True, False))
     print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n")
 
 

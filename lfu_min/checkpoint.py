@@ -69,7 +69,8 @@ def parse_config(raw):
 def check_numbers(values, kind):
     for name, value in values.items():
         if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-            raise ValueError(f"config.json: {name} = {value!r} should be a positive {'integer' if kind is int else 'number'}")
+            what = "integer" if kind is int else "number"
+            raise ValueError(f"config.json: {name} = {value!r} should be a positive {what}")
 
 
 def read_json(path):
@@ -203,7 +204,8 @@ def random_model(config, seed=0, std=0.02, dtype=torch.float32, device="cpu"):
     model = Llama(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            scale = std / math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))          # GPT-2's: smaller, by depth
+            scale = std / math.sqrt(2 * config.num_hidden_layers) if into_stream else std
             torch.nn.init.normal_(parameter, 0.0, scale, generator=generator)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)

@@ -160,7 +160,8 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     chosen = parse_layers(layers, model.config.num_hidden_layers)
     params = [p for p in model.parameters() if p.requires_grad]
     if aux == "inplace" and any(p.dtype in (torch.float16, torch.bfloat16) for p in params):
-        raise ValueError("aux 'inplace' moves weights by less than half precision resolves: keep trained weights in float32")
+        raise ValueError("aux 'inplace' moves weights by less than half precision resolves: "
+                         "keep trained weights in float32")
     if not params:
         raise ValueError("no parameter of the model requires a gradient: add_lora(model), or model.requires_grad_(True)")
     predicting, targets = supervised(labels, input_ids.device)                # (N,), (N,)
@@ -199,7 +200,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
             # 3. The ascent (Eq 2): from here on the model is the undesirable one.
             ascent_norm = ascend(moved, [t.grad for t in moved] if g is None else g, alpha) / loss_scale
             for t in moved:
-                t.requires_grad_(aux == "inplace")                            # th_aux is a constant of l_cons, unless it is th
+                t.requires_grad_(aux == "inplace")                            # a constant of l_cons, unless it is th
             # 4. A second forward, without the head: h' (Eq 4).  5. Its backward pulls h' to h (Eq 5, 6).
             h_aux = states(input_ids, predicting)
             per_layer = squared_difference(h, [h_aux[l] for l in chosen])     # (layers,)

@@ -31,14 +31,17 @@ class LoRALinear(Linear):
         self.enabled = True                       # False: the base weight alone
 
     def forward(self, x):                                                     # (..., in) -> (..., out)
-        y = super().forward(x)
         A = [a for a in (self.lora_A, self.aux_A) if a is not None]
         B = [b for b in (self.lora_B, self.aux_B) if b is not None]
         if not A or not self.enabled:
-            return y
+            return super().forward(x)
         A, B = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))     # (R, in), (out, R)
-        low = F.linear(x.to(A.dtype), A)                                      # (..., R), R = r or r + r_aux
-        return y + F.linear(low, B * (self.lora_alpha / self.r))
+        rows = x.flatten(0, -2)                                               # (N, in)
+        y = super().forward(rows).to(A.dtype)                                 # (N, out), fresh
+        low = F.linear(rows.to(A.dtype), A)                                   # (N, R), R = r or r + r_aux
+        # Added to y in place: a pass over memory less. .contiguous() gives B's gradient a product in the fast order.
+        y.addmm_(low, B.T.contiguous(), alpha=self.lora_alpha / self.r)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def draw_A(r, in_features, like, generator):
