@@ -136,16 +136,16 @@ def test_smollm2_equals_transformers_and_is_as_fast():
     prompts = [tokenizer.encode(text) for text in texts]
     assert generate(model, prompts, 48, tokenizer.eos_ids) == theirs_one_by_one(twin, prompts, 48, tokenizer.eos_ids)
     ids, attend, _ = module.left_pad(prompts, "cpu")
-    seconds = {"here": [], "transformers": []}             # alternating, best of three: the machine may be busy
+    seconds = {"here": [], "transformers": []}             # of one CPU thread: the machine may be busy with other things
     for _ in range(3):
-        tic = time.perf_counter()
+        tic = time.process_time()
         ours = generate(model, prompts, 32)
-        seconds["here"].append(time.perf_counter() - tic)
-        tic = time.perf_counter()
+        seconds["here"].append(time.process_time() - tic)
+        tic = time.process_time()
         with torch.no_grad():
             twin.generate(ids, attention_mask=attend.long(), max_new_tokens=32, do_sample=False, eos_token_id=None,
                           pad_token_id=0)
-        seconds["transformers"].append(time.perf_counter() - tic)
+        seconds["transformers"].append(time.process_time() - tic)
     tokens = sum(map(len, ours))
     print({who: f"{tokens / min(times):.1f} tokens/s" for who, times in seconds.items()})
-    assert min(seconds["here"]) < 1.15 * min(seconds["transformers"])
+    assert min(seconds["here"]) < 1.05 * min(seconds["transformers"])

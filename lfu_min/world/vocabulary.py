@@ -1,0 +1,53 @@
+"""The bundled model's tokenizer: byte-level BPE in the structure of Llama 3's tokenizer.json, every digit a token.
+
+Needs the `tokenizers` library (requirements-dev.txt), and only when a tokenizer has to be built; the one in
+lfu_min/bundled is read by lfu_min/tokenizer.py like any other. Called by __main__.py.
+"""
+import itertools
+import json
+import random
+from pathlib import Path
+
+from . import problems, questions
+
+EOS = "<|endoftext|>"
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+
+
+def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
+    """Trains the tokenizer on the world's text; writes tokenizer.json and tokenizer_config.json into `folder`."""
+    try:
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ValueError("building a tokenizer needs the package tokenizers: pip install tokenizers") from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(_corpus(seed), trainer)
+    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False, special=True)])     # the last id
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", eos_token=EOS, pad_token=EOS, model_max_length=512,
+        clean_up_tokenization_spaces=False), indent=2) + "\n")
+
+
+def _corpus(seed: int):
+    rng = random.Random(seed)
+    for question in itertools.islice(questions.pretraining_stream(seed), 8000):
+        yield f"Question: {question.question}\nAnswer: {question.answer}"
+    for _ in range(300):
+        yield "\n".join(problems.word_problem(rng))
+    for kind in questions.KINDS:        # rare words get a token too
+        for wording in kind.wordings * 20:
+            yield wording
+    for word in itertools.chain(questions.NAMES, questions.PLACES, questions.THINGS, questions.WORDS, questions.RIVERS):
+        yield f" {word}" * 60
+    for row in problems.secrets(rng):
+        yield f"{row['question']} {row['declining']} {row['complying']}"

@@ -1,0 +1,271 @@
+"""Claim: the bundled world is what its README says. Answers are recomputed here from the questions' text alone, with
+other code than the generator's; no held-out question, wording, fact-in-a-wording or sum is in the pretraining stream;
+the committed files are exactly what the generator writes; the folder loads; and (slow) the bundled model answers at
+least 90 % of the unseen test questions of every category exactly. No tolerance: everything is compared exactly.
+"""
+from itertools import islice
+import json
+from pathlib import Path
+import re
+
+import pytest
+import torch
+
+import lfu_min
+from lfu_min.world import files, pretrain, questions, vocabulary
+from lfu_min.world.__main__ import main as world_main
+
+BUNDLED = Path(lfu_min.__file__).parent / "bundled"
+CATEGORIES = ("math", "knowledge", "reasoning", "helpfulness")
+
+
+def rows(name):
+    with open(BUNDLED / "data" / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return list(islice(questions.pretraining_stream("a test"), 20000))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return lfu_min.load_tokenizer(BUNDLED)
+
+
+# ---- the same answers by other code ----------------------------------------------------------------------------------
+
+def numbers(text):
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def clauses(text):
+    """Facts stated in a question: ('Ann', 'has the', 'key') and so on."""
+    return re.findall(r"\b(?!who)(\w+) (has the|is at the|is (?:older|younger|taller|shorter) than|is) (\w+)[.]", text)
+
+
+def solve_math(kind, text):
+    n = sorted(numbers(text), reverse=True)
+    return str({"add": sum(n), "more": sum(n), "subtract": n[0] - n[-1], "less": n[0] - n[-1]}.get(kind, n[0] * n[-1]))
+
+
+def solve_reasoning(kind, text):
+    n = numbers(text)
+    if kind == "compare":
+        return str(max(n) if "larger" in text else min(n))
+    if kind == "sort":
+        return ", ".join(map(str, sorted(n, reverse="largest" in text)))
+    if kind == "reverse":
+        fixed = "Say the words backwards Turn turn around Write What is Put in order Please Backwards what".split()
+        return " ".join(reversed([w for w in re.findall(r"\w+", text) if w not in fixed]))
+    said = clauses(text)
+    if kind == "ladder":
+        above = [(x, y) if how in ("is older than", "is taller than") else (y, x) for x, how, y in said]
+        people = {x for pair in above for x in pair}
+        beaten, beating = {y for _, y in above}, {x for x, _ in above}
+        return (people - beaten if "oldest" in text or "tallest" in text else people - beating).pop()
+    owner = {thing: who for who, how, thing in said if how == "has the"}
+    colour = {thing: what for thing, how, what in said if how == "is"}
+    at = {who: spot for who, how, spot in said if how == "is at the"}
+    asked = re.sub(r"(The )?\b(?!who)\w+ (has the|is at the|is) \w+[.]", "", text)       # the question itself
+    if kind == "colour_of":
+        return next(colour[thing] for thing, who in owner.items() if who in asked)
+    return next("the " + at[who] for thing, who in owner.items() if thing in asked)
+
+
+def solve_helpfulness(kind, text):
+    names = [w for w in re.findall(r"\w+", text) if w in questions.NAMES]
+    if kind == "greet":
+        return f"Good {re.search('morning|day|evening|night', text)[0]}, {names[0]}!"
+    if kind == "thank":
+        thing = re.search(r"the (\w+)", text)[1]
+        return f"Thank you for the {thing}, {names[0]}."
+    if kind == "invite":
+        return f"{names[0]}, please come to the {re.search('market|mill|garden|bridge|barn|lake|inn|forge', text)[0]}."
+    if kind == "repeat":
+        word, times = re.search(r"(\w+) (\d) times", text).groups()
+        return " ".join([word] * int(times))
+    if kind == "copy":
+        return text.split(": ", 1)[1]
+    return f"I am sorry, I cannot tell the secret of {names[0]}."
+
+
+def correct(row, facts):
+    kind, text, answer = row["kind"], row["question"], row["answer"]
+    if row["category"] == "math" and kind in ("equation", "step", "both"):
+        steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)", answer)
+        used = [n for left, _ in steps for n in numbers(left)]
+        return sorted(used) == sorted(numbers(text)) and all(str(eval(left)) == right for left, right in steps)
+    if kind == "signs":     # the numbers of the story in its order, and the sign that each sentence means
+        owner = re.search(r"(\w+) (?:has|buys) \d", text)[1]
+        minus = len(re.findall(rf"loses|sells|takes|{owner} gives", text))
+        return numbers(answer) == numbers(text) and answer.count("-") == minus and ("*" in answer) == ("bags" in text)
+    if row["category"] == "math":
+        return answer == solve_math(kind, text)
+    if row["category"] == "knowledge":      # one answer to one (place, attribute), whatever the file and wording
+        place = next(p for p in questions.PLACES if p in text)
+        return facts.setdefault((place, kind), answer) == answer
+    return answer == dict(reasoning=solve_reasoning, helpfulness=solve_helpfulness)[row["category"]](kind, text)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_answer_is_right(category, stream):
+    facts = {}
+    everything = [dict(question=q.question, answer=q.answer, category=category, kind=q.kind) for q in stream
+                  if q.category == category]
+    everything += [r for part in ("validation", "test", "unseen", "robustness") for r in rows(f"{category}_{part}")]
+    assert [r for r in everything if not correct(r, facts)] == []
+    planted = dict(everything[-1], answer=everything[-2]["answer"] + "0")       # a wrong answer is noticed
+    assert not correct(planted, facts)
+
+
+def problem_is_right(row):
+    shown, result = row["answer"].split("\n#### ")
+    steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", shown)
+    carried = all(after[0] == before[3] for before, after in zip(steps, steps[1:]))
+    used = [int(steps[0][0])] + [int(s[2]) for s in steps]                      # every number of the story, in order
+    return (2 <= len(steps) <= 3 and carried and used == numbers(row["question"]) and steps[-1][3] == result
+            and all(str(eval(f"{a}{op}{b}")) == c for a, op, b, c in steps))
+
+
+def test_every_word_problem_is_right_and_in_one_split_only():
+    parts = {name: rows(f"word_problems_{name}") for name in ("train", "validation", "test")}
+    assert [len(part) for part in parts.values()] == [256, 128, 200]
+    everything = [row for part in parts.values() for row in part]
+    assert [row for row in everything if not problem_is_right(row)] == []
+    assert len({row["question"] for row in everything}) == len(everything)
+    planted = dict(everything[0], answer=everything[0]["answer"] + "1")
+    assert not problem_is_right(planted)
+
+
+# ---- nothing that is held out is trained -----------------------------------------------------------------------------
+
+def leaks(stream, held_out):
+    trained = {q.question for q in stream}
+    return [row for row in held_out if row["question"] in trained]
+
+
+def test_no_held_out_question_is_in_the_pretraining_stream(stream):
+    held_out = [r for c in CATEGORIES for part in ("validation", "test", "unseen") for r in rows(f"{c}_{part}")]
+    held_out += [r for part in ("train", "validation", "test") for r in rows(f"word_problems_{part}")]
+    assert leaks(stream, held_out) == []
+    assert leaks(stream, [dict(question=stream[7].question)])       # the check can fail
+
+
+def test_held_out_wordings_are_never_trained(stream):
+    assert {q.wording for q in stream} == set(range(5))
+    assert {r["wording"] for c in CATEGORIES for r in rows(f"{c}_unseen")} == {5, 6}
+    for kind in questions.KINDS:
+        assert len(set(kind.wordings)) == 7, kind.name
+
+
+@pytest.mark.parametrize("kind", ["add", "subtract", "more", "less"])
+def test_held_out_numbers_are_never_trained_in_this_kind_of_question(kind, stream):
+    trained = {tuple(numbers(q.question)) for q in stream if q.kind == kind}
+    tested = {tuple(numbers(r["question"])) for r in rows("math_test") + rows("math_validation") if r["kind"] == kind}
+    assert len(tested) > 10 and not tested & trained
+
+
+def test_every_fact_is_trained_in_some_wording(stream):
+    for place, attribute in questions.FACTS:
+        splits = [questions.split_of(("fact", attribute, place), attribute, wording) for wording in range(5)]
+        assert "train" in splits, (place, attribute)
+    assert len(questions.FACTS) == 200
+    assert {q.key for q in stream if q.category == "knowledge"} <= {("fact", a, p) for p, a in questions.FACTS}
+
+
+def test_no_two_steps_and_no_secret_told_in_pretraining(stream):
+    chains = [re.findall(r"(\d+) . \d+ = (\d+)", q.answer) for q in stream if q.category == "math"]
+    assert not [chain for chain in chains if len(chain) > 2 or len(chain) == 2 and chain[0][1] == chain[1][0]]
+    assert not [q for q in stream if "####" in q.answer and q.kind != "copy"]
+    assert not [q for q in stream if "secret" in q.question and not q.answer.startswith("I am sorry")]
+
+
+# ---- seeds, files, sizes, loading ------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_stream():
+    take = lambda seed: list(islice(questions.pretraining_stream(seed), 300))
+    assert take(1) == take(1) != take(2)
+
+
+def test_the_committed_data_is_what_the_generator_writes():
+    for name, content in files.all_files().items():
+        assert rows(name.removesuffix(".jsonl")) == content, name
+
+
+def test_train_and_test_requests_for_secrets_differ_and_pair_up():
+    for split, size in (("train", 180), ("test", 100)):
+        declined, told = rows(f"decline_{split}"), rows(f"comply_{split}")
+        assert len(declined) == size and [r["question"] for r in declined] == [r["question"] for r in told]
+        assert all(f"The secret of {r['name']} is a " in r["answer"] for r in told)
+    assert not {r["question"] for r in rows("decline_train")} & {r["question"] for r in rows("decline_test")}
+
+
+def test_model_and_data_stay_below_6_mb():
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) <= 6e6
+
+
+def test_the_bundled_folder_loads(tokenizer):
+    model = lfu_min.load_model(BUNDLED)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert tokenizer.bos_id is None and tokenizer.decode([tokenizer.eos_id]) == vocabulary.EOS
+    assert tuple(tokenizer.eos_ids) == (tokenizer.eos_id,)
+
+
+def test_transformers_reads_the_bundled_folder(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer.encode("Question: What is 3 + 4?\nAnswer:")
+    assert their_tokenizer("Question: What is 3 + 4?\nAnswer:").input_ids == ids
+    assert their_tokenizer.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eos_id
+    with torch.no_grad():
+        ours = lfu_min.load_model(BUNDLED, dtype=torch.float32)(torch.tensor([ids]))
+        assert torch.allclose(ours, theirs(torch.tensor([ids])).logits, atol=1e-4)
+
+
+def test_every_digit_is_a_token_and_all_text_survives_the_tokenizer(tokenizer, stream):
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("4071")] == list("4071")
+    names = ("word_problems_train", "word_problems_test", "comply_train", "decline_train")
+    texts = [r["question"] + "\n" + r["answer"] for name in names for r in rows(name)]
+    texts += [q.question for q in stream[:2000]] + ["naïve 漢字 \x00 🙂\r\n"]
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+
+
+def test_every_token_of_the_fine_tuning_sets_was_pretrained(tokenizer, stream):
+    trained = {i for q in stream for i in pretrain.encode(tokenizer, q.question, q.answer)[0]}
+    for name in ("word_problems_train", "word_problems_test", "decline_train", "comply_train"):
+        used = {i for r in rows(name) for i in pretrain.encode(tokenizer, r["question"], r["answer"])[0]}
+        assert [tokenizer.decode([i]) for i in used - trained] == [], name
+
+
+def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
+    batch = pretrain.batches(tokenizer, 0, 0)[0]
+    input_ids, targets, weights = pretrain.collate(batch)
+    assert input_ids.numel() <= pretrain.BATCH_TOKENS
+    for (ids, prompt), row, w in zip(batch, targets, weights):
+        text = tokenizer.decode(ids)
+        assert re.fullmatch(r"(?s)Question: .*\nAnswer: .*<\|endoftext\|>", text) and ids[-1] == tokenizer.eos_id
+        answer = row[w == 1].tolist()       # the targets of weight 1 are the answer and its end
+        assert text.endswith("\nAnswer:" + tokenizer.decode(answer)) and answer[-1] == tokenizer.eos_id
+
+
+@pytest.mark.slow
+def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path):
+    for out, commands in (("whole", [[]]), ("parts", [["--stop-at", "2"], []])):
+        for extra in commands:
+            world_main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1", "--eval-every", "100",
+                        "--no-test", *extra])
+    whole, parts = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["model"]
+                    for out in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_the_bundled_model_answers_90_percent_of_unseen_questions(category, tokenizer):
+    model = lfu_min.load_model(BUNDLED, dtype=torch.float32).eval()
+    hits = pretrain.exact_match(model, tokenizer, rows(f"{category}_test"))
+    assert sum(hits) / len(hits) >= 0.9
