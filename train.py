@@ -18,49 +18,51 @@ from lfu_min import data, distributed, runs
 from lfu_min.adapter import save_adapter
 from lfu_min.checkpoint import load_config, load_model, save_model
 from lfu_min.generate import generate
-from lfu_min.lfu import AUX_KINDS, lfu_backward, parse_layers
+from lfu_min.lfu import AUX_KINDS, auxiliary, lfu_backward, parse_layers
 from lfu_min.lora import TARGET_MODULES, add_lora
 from lfu_min.tokenizer import load_tokenizer
 
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama. BUNDLED: chosen for the bundled
 # model on its validation split (RESULTS.md says how).
 AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
-BUNDLED = dict(epochs=12.0, batch_size=16, accumulate=1, lr=2e-3, max_len=256,
+BUNDLED = dict(epochs=8.0, batch_size=16, accumulate=1, lr=3e-3, max_len=256,
                model=str(runs.BUNDLED), data=str(runs.BUNDLED / "data" / "word_problems_train.jsonl"))
 
 
 def get_settings(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("model and data (each default in brackets: bundled model / with --model)")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Defaults stand in brackets; "
+                                "where there are two: for the bundled model / with --model.")
+    g = p.add_argument_group("model and data")
     g.add_argument("--model", help="Hugging Face folder of a Llama [the bundled one / required]")
     g.add_argument("--data", help=".json or .jsonl file of examples [256 word problems / required]")
-    g.add_argument("--template", choices=data.TEMPLATES, default="plain", help="how a question becomes a prompt")
+    g.add_argument("--template", choices=data.TEMPLATES, default="plain", help="how a question becomes a prompt [plain]")
     g.add_argument("--max-len", type=int, help="tokens; longer examples are dropped [256 / 2048]")
     g = p.add_argument_group("LfU")
-    g.add_argument("--aux", choices=AUX_KINDS, default="lora", help="auxiliary components; none = plain SFT")
-    g.add_argument("--lam", type=float, default=5.0, help="lambda, weight of the consistency loss; 0 = plain SFT")
-    g.add_argument("--alpha", type=float, default=0.1, help="length of the ascent step")
-    g.add_argument("--layers", default="all", help="layers compared: all, early, middle, late or a-b (from 1, inclusive)")
+    g.add_argument("--aux", choices=AUX_KINDS, default="lora", help="auxiliary components; none = plain SFT [lora]")
+    g.add_argument("--lam", type=float, default=5.0, help="lambda, weight of the consistency loss; 0 = plain SFT [5]")
+    g.add_argument("--alpha", type=float, default=0.1, help="length of the ascent step [0.1]")
+    g.add_argument("--layers", default="all", help="layers compared: all, early, middle, late or a-b (1-based, inclusive) [all]")
     g.add_argument("--ascent-batch", choices=("same", "other"), default="same",
-                   help="batch of the ascent's gradient; other = a second shuffled one, as in the authors' code")
+                   help="batch of the ascent's gradient; other = a second, shuffled one, as in the authors' code [same]")
     g = p.add_argument_group("what is trained")
-    g.add_argument("--tune", choices=("lora", "full"), default="lora")
-    g.add_argument("--r", type=int, default=8, help="LoRA rank")
-    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA scaling is this / r")
-    g.add_argument("--target-modules", nargs="+", choices=TARGET_MODULES, default=list(TARGET_MODULES), metavar="NAME")
+    g.add_argument("--tune", choices=("lora", "full"), default="lora", help="train a LoRA, or all weights [lora]")
+    g.add_argument("--r", type=int, default=8, help="LoRA rank [8]")
+    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA's scaling is this / r [16]")
+    g.add_argument("--target-modules", nargs="+", choices=TARGET_MODULES, default=list(TARGET_MODULES), metavar="NAME",
+                   help="linear layers that get a LoRA [all: " + " ".join(TARGET_MODULES) + "]")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, help="passes over the data [12 / 3]")
+    g.add_argument("--epochs", type=float, help="passes over the data [8 / 3]")
     g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
     g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
-    g.add_argument("--lr", type=float, help="peak learning rate [0.002 / 0.0001]")
-    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps that warm up; then cosine to 0")
-    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g.add_argument("--lr", type=float, help="peak learning rate [0.003 / 0.0001]")
+    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps that warm up; then cosine to 0 [0.1]")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; inf = no clipping [1]")
     g = p.add_argument_group("the run")
-    g.add_argument("--seed", type=int, default=42)
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    g.add_argument("--seed", type=int, default=42, help="[42]")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     g.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto",
-                   help="of matrix products; auto = fp16 on CUDA, else fp32")
+                   help="of matrix products; auto = fp16 on CUDA, else fp32 [auto]")
     g.add_argument("--activation-checkpointing", action="store_true", help="less memory, one more forward a backward")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
     g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
@@ -73,7 +75,7 @@ def get_settings(argv):
         raise ValueError("--data is missing: with --model, name a .json or .jsonl file of examples")
     for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr", "clip", "max_len"):
         value = getattr(s, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not (0 < value < math.inf or name == "clip" and value == math.inf):
             raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed} should be at least 0")
@@ -92,10 +94,9 @@ def main(argv=None):
     rank, world, device = distributed.join(runs.pick_device(s.device))        # 0, 1, device without torchrun
     say = print if rank == 0 else lambda *words, **options: None
     s.dtype, dtype = runs.pick_dtype(s.dtype, device)
-    out = Path(s.out) if s.out else runs.next_run(s.aux)
-    runs.check_out(out)
+    runs.check_out(s.out or "runs/new")
     config = load_config(s.model)
-    parse_layers(s.layers, config.num_hidden_layers)
+    compared = len(parse_layers(s.layers, config.num_hidden_layers))
     tokenizer = load_tokenizer(s.model)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{s.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size} rows")
@@ -124,15 +125,16 @@ def main(argv=None):
     # The auxiliary LoRA draws from a generator of its own, seeded anew for every micro-batch: SFT and LfU with one seed
     # see the same batches and start from the same adapter.
     aux_generator = torch.Generator(device if device.type == "cuda" else "cpu")
-    loss_scale = 16.0 if s.dtype == "fp16" else None                          # times the step's supervised tokens
+    # Per supervised token, so that it does not depend on the batch; 16 leaves room below float16's 65504 (lfu.py).
+    loss_scale = 16.0 if s.dtype == "fp16" else None
 
-    log, log_file, before = [], None, []
+    out, log, log_file, before = None, [], None, []
     if rank == 0:
         describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
         before = answers(model, tokenizer, questions, s)
-        out.mkdir(parents=True, exist_ok=True)
+        out = runs.make_out(s.out, s.aux)
         runs.write_json(out / "settings.json", {
-            **vars(s), "out": str(out), "steps": steps, "examples": len(examples), "dropped": dropped, "processes": world,
+            **vars(s), "out": str(out), "device": str(device), "steps": steps, "examples": len(examples), "dropped": dropped, "processes": world,
             "data_sha256": data.data_hash(s.data), **runs.environment()})
         log_file = open(out / "log.jsonl", "w", encoding="utf-8")
 
@@ -161,9 +163,9 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         distributed.add_up_gradients(params)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # the step's one wait for a GPU
-        record = summarise(results, s.lam, len(micro), tokens, device, step=step,
-                           epoch=step * per_step / len(examples), lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # here, not before, a GPU is waited for
+        record = summarise(results, s.lam, len(micro), tokens, compared, device, step=step,
+                           epoch=step / math.ceil(len(examples) / per_step), lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"step {step}: the loss is {record['loss']}; try a smaller --lr"
                              + (", or --dtype bf16 or fp32: float16 may overflow" if s.dtype == "fp16" else ""))
@@ -213,15 +215,15 @@ def answers(model, tokenizer, questions, s):
     return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
 
 
-def summarise(results, lam, micro_batches, tokens, device, **fields):
-    """One log record from this process's results: sums where lfu_backward divides by the whole step, means elsewhere."""
+def summarise(results, lam, micro_batches, tokens, compared, device, **fields):
+    """One log record from all processes' results: sums where lfu_backward divides by the whole step, means elsewhere."""
     names = ("sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
-    totals = torch.zeros(len(names) + 1, device=device)
+    totals, layers = torch.zeros(len(names) + 1, device=device), torch.zeros(compared, device=device)
     totals[-1] = tokens
     for r in results:
         totals[:-1] += torch.stack([r[name] for name in names])
-    layers = sum(r["consistency_per_layer"] for r in results) if results else None
-    distributed.add_up([totals])
+        layers += r["consistency_per_layer"]
+    distributed.add_up([totals, layers])
     total = dict(zip(names, totals.tolist()))
     consistency = total["consistency"] / micro_batches
     of_sft, of_consistency = total["sft_grad_norm"], total["consistency_grad_norm"]
@@ -229,7 +231,7 @@ def summarise(results, lam, micro_batches, tokens, device, **fields):
                 ascent_norm=total["ascent_norm"] / micro_batches, **fields, tokens=int(totals[-1]),
                 sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
-                consistency_per_layer=[] if layers is None else (layers / len(results)).tolist())
+                consistency_per_layer=(layers / micro_batches).tolist())
 
 
 def step_line(r, steps, eta):
@@ -243,14 +245,16 @@ def step_line(r, steps, eta):
 def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device):
     """Print what is about to run, and one example as the model will see it."""
     trainable, everything = sum(p.numel() for p in params), sum(p.numel() for p in model.parameters())
-    auxiliary = {"none": 0, "inplace": trainable, "reps": model.config.num_hidden_layers * model.config.hidden_size,
-                 "lora": trainable if s.tune == "lora" else "a LoRA of r 8"}[s.aux]
+    moved = 0
+    if s.aux != "none":
+        with auxiliary(s.aux, model, params, torch.Generator()) as th_aux:
+            moved = sum(t.numel() for t in th_aux)
     tokens = sum(len(ids) for ids, _ in examples) / len(examples)
     versions = runs.environment()["versions"]
     print(f"lfu_min  aux {s.aux}  lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  tune {s.tune}  "
           f"device {device}  dtype {s.dtype}  python {versions['python']}  torch {versions['torch']}")
-    print(f"model    {s.model}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, "
-          f"{auxiliary if isinstance(auxiliary, str) else format(auxiliary, ',')} auxiliary")
+    print(f"model    {s.model}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, {moved:,} auxiliary "
+          "(moved by the ascent)")
     print(f"data     {s.data}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
     print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak lr {s.lr:g}, seed {s.seed}")
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]

@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 
 from .model import Llama, LlamaConfig
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
-
 
 def parse_config(raw):
     """LlamaConfig from the dictionary in config.json, in the form of transformers 4 (rope_theta, rope_scaling) or 5

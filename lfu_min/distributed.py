@@ -16,6 +16,8 @@ def join(device):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device
+    if "LOCAL_RANK" not in os.environ or device.type == "mps":
+        raise ValueError(f"WORLD_SIZE is {world}: start several processes with torchrun, on the CPU or on CUDA")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

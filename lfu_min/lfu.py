@@ -12,16 +12,16 @@ th_aux       moved           -                      auxiliary tensors the ascent
                                                     LoRA, steering vectors d_l, or th itself
 g            g               as th_aux              gradient of l_SFT with respect to th_aux (Eq 2)
 alpha        alpha           -                      length of the ascent step, over all of th_aux        0.1
-h_l,t        h               N tensors a layer, D   layer-l state that predicts y_t, from th (Eq 3)
+h_l,t        h               (N, D) for each layer  layer-l state that predicts y_t, from th (Eq 3)
 h'_l,t       h_aux           as h                   the same from th and the moved th_aux (Eq 4)
-K            layers          1..L                   layers compared; the last after the final norm       all
-T            predicting      N positions            positions that predict a supervised token
+K (paper)    layers          1..L                   layers compared; the last after the final norm       all
+T (paper)    predicting      N positions            positions that predict a supervised token
 l_SFT        sft             nats a token           mean cross-entropy of the answer's tokens (Eq 1)
 l_cons       consistency     -                      mean squared difference of h' and h (Eq 5)
 lambda       lam             -                      weight of l_cons                                     5.0
 
-Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent th_aux IS th. The
-forward pass that gives h is also the ascent's, and one backward of l_SFT gives the gradients of th and of th_aux.
+Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent the auxiliary model IS
+the model. The forward pass that gives h is also the ascent's, and one backward of l_SFT gives the gradients of th and of th_aux.
 The authors' code takes three forwards, and restores the weights before the backward that needs them; here each
 gradient is exact (tests/test_lfu.py compares with the definition written out slowly).
 """
@@ -64,12 +64,15 @@ def inplace(params):
 
 
 def auxiliary(kind, model, params, generator):
-    """The context manager of one kind of th_aux: attaches it at zero effect, yields its tensors, takes it off."""
+    """The context manager of one kind of th_aux. It attaches leaf tensors that require a gradient and leave the model's
+    output as it is, yields them in a list, and takes them off. A new kind: write one, name it here and in AUX_KINDS."""
     if kind == "lora":
         return aux_lora(model, generator)
     if kind == "reps":
         return aux_steering(model)
-    return inplace(params)
+    if kind == "inplace":
+        return inplace(params)
+    raise ValueError(f"aux {kind!r}: choose from {', '.join(AUX_KINDS)}")
 
 
 @torch.no_grad()
@@ -99,6 +102,8 @@ def squared_difference(h, h_aux):
 
     The paper sums the channels; like the authors' code we average them, because lambda = 5 is meant for that scale.
     h is a constant (detached in lfu_backward): the worsened model is pulled to the model, never the model to it.
+    To try another distance, change the line below, and `l_cons` in tests/test_lfu.py, which is the definition all
+    gradients are compared with; finite differences there check the gradient in any case.
     """
     return torch.stack([F.mse_loss(b, a, reduction="sum") / max(a.numel(), 1) for a, b in zip(h, h_aux)])
 
@@ -117,8 +122,32 @@ def sft_backward(model, h, targets, divisor, scale=1.0, inputs=None):
         part = F.cross_entropy(logits, targets[start:start + HEAD_CHUNK], reduction="sum") / divisor
         (scale * part).backward(inputs=None if inputs is None else [leaf, *inputs])
         sft += part.detach()
-    h.backward(torch.zeros_like(h) if leaf.grad is None else leaf.grad, inputs=inputs)
+    if h.requires_grad:                                                       # not so if only the head is trained
+        h.backward(torch.zeros_like(h) if leaf.grad is None else leaf.grad, inputs=inputs)
     return sft
+
+
+@contextmanager
+def own_gradients(params, loss_scale):
+    """Inside the block `.grad` holds this micro-batch's gradient alone (the ascent of `inplace` needs it so), times
+    loss_scale. After it the scale is divided out and what was there before is added; after an exception only that is."""
+    earlier = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        for p, old in zip(params, earlier):
+            p.grad = old
+        raise
+    for p, old in zip(params, earlier):
+        if p.grad is None:
+            p.grad = old
+        else:
+            if loss_scale != 1:
+                p.grad /= loss_scale
+            if old is not None:
+                p.grad += old
 
 
 @contextmanager
@@ -157,7 +186,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         raise ValueError(f"aux {aux!r}: choose from {', '.join(AUX_KINDS)}")
     if not (0 <= lam < float("inf") and 0 <= alpha < float("inf")):
         raise ValueError(f"lam = {lam}, alpha = {alpha}: both must be finite and at least 0")
-    chosen = parse_layers(layers, model.config.num_hidden_layers)
+    compared = parse_layers(layers, model.config.num_hidden_layers)
     params = [p for p in model.parameters() if p.requires_grad]
     if aux == "inplace" and any(p.dtype in (torch.float16, torch.bfloat16) for p in params):
         raise ValueError("aux 'inplace' moves weights by less than half precision resolves: "
@@ -173,54 +202,46 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     def states(batch_ids, where):                                             # L+1 tensors (N, D), Eq 3's positions only
         return [state.flatten(0, 1)[where] for state in model.hidden_states(batch_ids)]
 
-    earlier = [p.grad for p in params]           # set aside: inplace's g must be this micro-batch's gradient alone
-    for p in params:
-        p.grad = None
-    if lam == 0 or aux == "none":
-        sft = sft_backward(model, states(input_ids, predicting)[-1], targets, divisor, loss_scale)
-        nothing = torch.zeros_like(sft)
-        result = dict(sft=sft, consistency=nothing, ascent_norm=nothing, consistency_per_layer=sft.new_zeros(len(chosen)),
-                      sft_grad_norm=joint_norm([p.grad for p in params]) / loss_scale, consistency_grad_norm=nothing)
-    else:
-        with auxiliary(aux, model, params, generator) as moved:
-            g = None
-            if ascent_batch is not None:
-                other, other_targets = supervised(ascent_batch[1], input_ids.device)
-                h = states(ascent_batch[0], other)[-1]
-                sft_backward(model, h, other_targets, max(len(other_targets), 1), loss_scale, inputs=moved)
-                g = [t.grad for t in moved]
-                for t in moved:
-                    t.grad = None
-            # 1. One forward, with th_aux at zero effect: h, and from its last layer l_SFT (Eq 1, 3).
-            h = states(input_ids, predicting)
-            # 2. One backward: the gradients of th and of th_aux.
-            sft = sft_backward(model, h[-1], targets, divisor, loss_scale)
-            h = [h[l].detach() for l in chosen]                               # constants from here on; the graph is gone
+    if lam == 0 or aux == "none":                                             # plain SFT
+        with own_gradients(params, loss_scale):
+            sft = sft_backward(model, states(input_ids, predicting)[-1], targets, divisor, loss_scale)
             sft_grad_norm = joint_norm([p.grad for p in params]) / loss_scale
-            # 3. The ascent (Eq 2): from here on the model is the undesirable one.
-            ascent_norm = ascend(moved, [t.grad for t in moved] if g is None else g, alpha) / loss_scale
+        nothing = torch.zeros_like(sft)
+        return dict(sft=sft, consistency=nothing, ascent_norm=nothing, consistency_per_layer=nothing.expand(len(compared)),
+                    sft_grad_norm=sft_grad_norm, consistency_grad_norm=nothing)
+
+    with own_gradients(params, loss_scale), auxiliary(aux, model, params, generator) as moved:
+        # 0. Only for ascent_batch: g from another batch, before the own batch's gradient lies in the same places.
+        g = None
+        if ascent_batch is not None:
+            other, other_targets = supervised(ascent_batch[1], input_ids.device)
+            h = states(ascent_batch[0], other)[-1]
+            sft_backward(model, h, other_targets, max(len(other_targets), 1), loss_scale, inputs=moved)
+            g = [t.grad for t in moved]
             for t in moved:
-                t.requires_grad_(aux == "inplace")                            # a constant of l_cons, unless it is th
-            # 4. A second forward, without the head: h' (Eq 4).  5. Its backward pulls h' to h (Eq 5, 6).
-            h_aux = states(input_ids, predicting)
-            per_layer = squared_difference(h, [h_aux[l] for l in chosen])     # (layers,)
-            consistency = per_layer.mean()
-            with measured_gradient(params) as norms:
+                t.grad = None
+        # 1. One forward, with th_aux at zero effect: h, and from its last layer l_SFT (Eq 1, 3).
+        h = states(input_ids, predicting)
+        # 2. One backward: the gradients of th and of th_aux.
+        sft = sft_backward(model, h[-1], targets, divisor, loss_scale)
+        h = [h[l].detach() for l in compared]                                 # constants from here on; the graph is gone
+        sft_grad_norm = joint_norm([p.grad for p in params]) / loss_scale
+        # 3. The ascent (Eq 2): from here on the model is the undesirable one.
+        ascent_norm = ascend(moved, [t.grad for t in moved] if g is None else g, alpha) / loss_scale
+        for t in moved:
+            t.requires_grad_(aux == "inplace")                                # a constant of l_cons, unless it is th
+        # 4. A second forward, without the head: h' (Eq 4).
+        h_aux = states(input_ids, predicting)
+        per_layer = squared_difference(h, [h_aux[l] for l in compared])       # (layers,)
+        consistency = per_layer.mean()                                        # Eq 5
+        # 5. Its backward pulls h' to h, adding lambda * l_cons's gradient to l_SFT's in `.grad` (Eq 6).
+        with measured_gradient(params) as norms:
+            if consistency.requires_grad:                # not so if no trained weight lies below the compared layers
                 (loss_scale * lam * consistency).backward()
-            # 6. Leaving the `with` block drops th_aux: the model is itself again.
-        result = dict(sft=sft, consistency=consistency.detach(), ascent_norm=ascent_norm,
-                      consistency_per_layer=per_layer.detach(), sft_grad_norm=sft_grad_norm,
-                      consistency_grad_norm=joint_norm(norms) / loss_scale)
-    with torch.no_grad():
-        for p, old in zip(params, earlier):
-            if p.grad is None:
-                p.grad = old
-                continue
-            if loss_scale != 1:
-                p.grad /= loss_scale
-            if old is not None:
-                p.grad += old
-    return result
+        # 6. Leaving the `with` block drops th_aux: the model is itself again.
+    return dict(sft=sft, consistency=consistency.detach(), ascent_norm=ascent_norm,
+                consistency_per_layer=per_layer.detach(), sft_grad_norm=sft_grad_norm,
+                consistency_grad_norm=joint_norm(norms) / loss_scale)
 
 
 def supervised(labels, device):

@@ -1,6 +1,6 @@
 """What a script needs around the method: device and dtype, a run folder, versions, peak memory, one-line errors.
 
-Called by train.py, eval.py and bench.py; nothing of LfU is in here.
+Called by train.py, eval.py, sweep.py and bench.py; nothing of LfU is in here.
 """
 import json
 import os
@@ -38,10 +38,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in there or (index and not index.isdecimal()):
+    if kind not in there or (":" in name and not (kind == "cuda" and index.isdecimal())):
         raise ValueError(f"device {name!r}: write auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
-        raise ValueError(f"device {name!r} is not there: this torch sees {torch.cuda.device_count()} CUDA devices; "
+        raise ValueError(f"device {name!r} is not there: this torch sees {there[kind]} of that kind; "
                          "--device cpu runs everywhere")
     return torch.device(name)
 
@@ -72,6 +72,18 @@ def next_run(kind, root="runs"):
     return Path(root) / f"{kind}-{max(taken, default=-1) + 1:03d}"
 
 
+def make_out(path, kind):
+    """Create the run folder: `path`, or where it is None the next runs/<kind>-NNN, also if another run just took one."""
+    while True:
+        out = Path(path) if path else next_run(kind)
+        try:
+            out.mkdir(parents=True, exist_ok=path is not None)
+            return out
+        except FileExistsError:
+            if path is not None:
+                raise
+
+
 def environment():
     """Versions, platform and git commit, for settings.json: what a run can be repeated with."""
     from importlib.metadata import PackageNotFoundError, version
@@ -97,6 +109,9 @@ def peak_memory_mib(device):
     """Peak memory in MiB: of the device's allocator on CUDA, of the whole process elsewhere (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")           # Linux; its ru_maxrss would begin with the peak of the parent process
+    if status.is_file() and "VmHWM:" in (text := status.read_text()):
+        return int(text.split("VmHWM:")[1].split()[0]) / 2**10                 # KiB
     try:
         import resource
     except ImportError:

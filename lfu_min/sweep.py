@@ -3,7 +3,7 @@
     python -m lfu_min.sweep --out runs/sweep aux=none,lora,reps lr=1e-3,2e-3 seed=0,1,2
 
 Each word is a flag of train.py (without the dashes) and its values; all combinations are run. A combination that has its
-scores.json already is not run again, so an interrupted sweep goes on where it stopped. Settings are chosen on
+scores_<split>.json already is not run again, so an interrupted sweep goes on where it stopped. Settings are chosen on
 --split validation; --split test is for the numbers one reports. This is where RESULTS.md's tables come from.
 """
 import argparse
@@ -34,12 +34,15 @@ def parse_grid(words):
         name, equals, values = word.partition("=")
         if not equals or not name or not all(values.split(",")):
             raise ValueError(f"{word!r}: write a flag of train.py and its values, like lr=1e-3,2e-3")
+        if name in ("model", "data", "template", "out"):
+            raise ValueError(f"{word!r}: runs are scored on the bundled world, so {name} cannot vary")
         grid[name] = values.split(",")
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def scores(run, split, base=runs.BUNDLED):
+def scores(run, split, threads, base=runs.BUNDLED):
     """{column: value} of a run folder (None: the base): exact match in per cent, and the answers' NLL in nats a token."""
+    torch.set_num_threads(threads)
     full = run is not None and (run / "config.json").is_file()               # --tune full saves a whole model
     model, tokenizer = load_model(run if full else base, dtype=torch.float32), load_tokenizer(base)
     if run is not None and (run / "adapter_config.json").is_file():
@@ -55,7 +58,7 @@ def one(setting, folder, split, threads):
     torch.set_num_threads(threads)
     file = folder / f"scores_{split}.json"
     if not file.is_file():
-        if not (folder / "log.txt").is_file() or not list(folder.glob("run/*model.safetensors")):
+        if not (folder / "trained").is_file():
             sys.path.insert(0, str(runs.ROOT))
             import train
             for old in folder.glob("run/*"):                  # left by an interrupted run
@@ -64,12 +67,13 @@ def one(setting, folder, split, threads):
             flags = [part for name, value in setting.items() for part in (f"--{name}", value)]
             with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
                 train.main([*flags, "--out", str(folder / "run")])
-        runs.write_json(file, scores(folder / "run", split))
+            (folder / "trained").touch()
+        runs.write_json(file, scores(folder / "run", split, threads))
     return json.loads(file.read_text())
 
 
-def show(rows, by):
-    """Print the table: one line a setting (its seeds together), mean and standard deviation over seeds."""
+def show(by):
+    """Print the table: one line per setting (its seeds together), mean and standard deviation over seeds."""
     width = max(len(name) for name in by)
     print(f"{'':{width}}  seeds" + "".join(f"{column:>16}" for column in (*COLUMNS, "nll in", "nll others")))
     for name, found in by.items():
@@ -100,7 +104,7 @@ def main(argv=None):
     settings = parse_grid(s.grid)
     started, rows = time.time(), []
     with ProcessPoolExecutor(s.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        base = pool.submit(scores, None, s.split)
+        base = pool.submit(scores, None, s.split, s.threads)
         folders = [s.out / " ".join(f"{k}={v}" for k, v in setting.items()).replace("/", "_") for setting in settings]
         pending = [pool.submit(one, setting, folder, s.split, s.threads) for setting, folder in zip(settings, folders)]
         for i, (setting, job) in enumerate(zip(settings, pending), 1):
@@ -110,7 +114,7 @@ def main(argv=None):
         by = {"base": [base.result()]}
     for setting, found in rows:
         by.setdefault(" ".join(f"{k}={v}" for k, v in setting.items() if k != "seed") or "all defaults", []).append(found)
-    show(rows, by)
+    show(by)
     if s.json:
         runs.write_json(s.json, {"split": s.split, "grid": s.grid, "rows": by})
     return by

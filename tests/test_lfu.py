@@ -635,3 +635,26 @@ def test_planted_mistake_in_the_code_is_seen(aux, name, mistake, monkeypatch):
     expected, _, _ = definition(model, *batch, aux)
     monkeypatch.setattr(lfu, name, mistake)
     assert difference(fused(model, *batch, aux)[0], expected) > 1e-3
+
+
+def test_an_exception_keeps_the_gradients_of_earlier_micro_batches(monkeypatch):
+    model, (ids, labels) = tiny(), tiny_batch()
+    lfu_backward(model, ids, labels, aux="inplace")
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(lfu, "ascend", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lfu_backward(model, ids, labels, aux="inplace")
+    assert before and all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in before.items())
+
+
+def test_weights_the_consistency_cannot_reach_get_the_sft_gradient_alone():
+    """Only the head trained: no state depends on it. Only block 4 trained, layers 1-1 compared: nothing below to pull."""
+    ids, labels = tiny_batch()
+    for trained, settings in (("lm_head", dict(aux="reps")), ("layers.3.mlp.up_proj", dict(aux="reps", layers="1-1"))):
+        grads = []
+        for aux in (settings["aux"], "none"):
+            model = tiny("full").requires_grad_(False)
+            p = model.get_parameter(next(n for n, _ in model.named_parameters() if trained in n)).requires_grad_()
+            lfu_backward(model, ids, labels, **{**settings, "aux": aux})
+            grads.append(p.grad)
+        assert grads[0].abs().max() > 0 and torch.allclose(grads[0], grads[1], rtol=1e-12, atol=0)
