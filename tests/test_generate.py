@@ -132,11 +132,12 @@ def test_smollm2_equals_transformers_and_is_as_fast():
     tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32)
     twin = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     texts = ["Question: What is 3 + 4?\nAnswer:", "The capital of France is",
-             "Question: Tom has 3 bags with 4 apples in each and eats 2. How many are left?\nAnswer:", "Once upon a time"]
+             "Question: Tom has 3 bags with 4 apples in each and eats 2. How many are left?\nAnswer:",
+             "Once upon a time"]
     prompts = [tokenizer.encode(text) for text in texts]
     assert generate(model, prompts, 48, tokenizer.eos_ids) == theirs_one_by_one(twin, prompts, 48, tokenizer.eos_ids)
     ids, attend, _ = module.left_pad(prompts, "cpu")
-    seconds = {"here": [], "transformers": []}             # of one CPU thread: the machine may be busy with other things
+    seconds = {"here": [], "transformers": []}             # of one CPU thread: the machine may be busy
     for _ in range(3):
         tic = time.process_time()
         ours = generate(model, prompts, 32)
