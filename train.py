@@ -25,7 +25,7 @@ from lfu_min.tokenizer import load_tokenizer
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama. BUNDLED: chosen for the bundled
 # model on its validation split (RESULTS.md says how).
 AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
-BUNDLED = dict(epochs=8.0, batch_size=16, accumulate=1, lr=3e-3, max_len=256,
+BUNDLED = dict(epochs=10.0, batch_size=16, accumulate=1, lr=3e-3, max_len=256,
                model=str(runs.BUNDLED), data=str(runs.BUNDLED / "data" / "word_problems_train.jsonl"))
 
 
@@ -51,7 +51,7 @@ def get_settings(argv):
     g.add_argument("--target-modules", nargs="+", choices=TARGET_MODULES, default=list(TARGET_MODULES), metavar="NAME",
                    help="linear layers that get a LoRA [all: " + " ".join(TARGET_MODULES) + "]")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, help="passes over the data [8 / 3]")
+    g.add_argument("--epochs", type=float, help="passes over the data [10 / 3]")
     g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
     g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
