@@ -282,7 +282,8 @@ def print_verdict(by_run, examples, subjects):
         (a, b), (c, d) = ([sum(x) / len(x) for x in zip(*scores[kind])] for kind in ("LfU", "SFT"))
         print(f"LfU against SFT, means over {len(scores['LfU'])} and {len(scores['SFT'])} runs: word problems "
               f"{100 * (a - c):+.1f} points, other categories {100 * (b - d):+.1f}: LfU "
-              + ("forgets less." if b > d else "does NOT forget less here."))
+              + ("does NOT forget less here." if b <= d else "forgets less, and learns no less." if a >= c else
+                 "forgets less, but learns less too: which is better depends on the exchange."))
 
 
 def show_answers(s, base, subjects, device, dtype, template, max_new_tokens):
