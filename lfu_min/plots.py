@@ -14,14 +14,14 @@ MARKERS, LINES, HATCHES = "osD^vPX*", ("-", "--", "-.", ":"), ("", "//", "..", "
 
 def check(path):
     """Raise ValueError before anything slow starts: no matplotlib, not a .png, or no folder to write to."""
-    try:
-        import matplotlib                                    # noqa: F401
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib (it is in requirements-dev.txt)") from None
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: the file name should end in .png")
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist")
+    try:
+        import matplotlib                                    # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib (it is in requirements-dev.txt)") from None
 
 
 def figure(panels):

@@ -147,6 +147,7 @@ def test_main_prints_returns_and_writes_the_same_results(tmp_path, capsys):
     assert out["cases"]["sft"]["ratio_to_sft"] == 1
 
 
+@pytest.mark.slow
 def test_sweep_and_profile_cover_each_case(capsys):
     out = bench.main([*TINY, "--cases", "reps", "--repeats", "1", "--sweep", "--profile"])
     assert [(row["what"], row["value"]) for row in out["sweep"]] == [
