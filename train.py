@@ -8,6 +8,7 @@ The method itself is lfu_min/lfu.py; this file is settings, data, optimizer and 
 import argparse
 import json
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -253,9 +254,10 @@ def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, de
     versions = runs.environment()["versions"]
     print(f"lfu_min  aux {s.aux}  lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  tune {s.tune}  "
           f"device {device}  dtype {s.dtype}  python {versions['python']}  torch {versions['torch']}")
-    print(f"model    {s.model}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, {moved:,} auxiliary "
+    shown = lambda path: os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+    print(f"model    {shown(s.model)}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, {moved:,} auxiliary "
           "(moved by the ascent)")
-    print(f"data     {s.data}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
+    print(f"data     {shown(s.data)}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
     print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak lr {s.lr:g}, seed {s.seed}")
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
     prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels) if (label == -100) == masked])

@@ -1,5 +1,6 @@
 """torchrun with N processes of one micro-batch is one process with N micro-batches: two gloo processes on the CPU."""
 import json
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(tmp_path, name, launcher, *flags):
     done = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), "--device", "cpu", "--batch-size", "4", "--max-steps", "3",
                            "--aux", "lora", "--alpha", "0.02", "--out", str(tmp_path / name), "--ask", "What is 1 + 1?", *flags],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+                          cwd=tmp_path, capture_output=True, text=True, timeout=900,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] if done.returncode == 0 else []
     return done, log
 

@@ -29,7 +29,8 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, default=Path("work/world"),
                         help="folder for checkpoint.pt, log.txt and the result, bundled/")
     parser.add_argument("--tokenizer", default=str(BUNDLED), help="folder of the tokenizer to use; '': train a new one")
-    parser.add_argument("--steps", type=int, default=11500, help="optimizer steps, each about 2000 tokens")
+    parser.add_argument("--steps", type=int, default=7000,
+                        help="optimizer steps, each about 2000 tokens")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the world stays the same")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number rounds differently")
