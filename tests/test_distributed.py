@@ -33,8 +33,10 @@ def test_two_processes_do_what_one_does_with_two_micro_batches(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
     weights = [load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("two", "one", "alone")]
     for key in weights[0]:
-        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-3, atol=1e-6)
-    assert any(not torch.allclose(weights[0][key], weights[2][key], rtol=1e-3, atol=1e-5) for key in weights[0])
+        # AdamW divides each gradient by its own size, so where it is next to nothing, its rounding becomes a part of a
+        # step (lr 3e-3): the gradients' norms above agree to 1e-4, the weights to 1 % of a step.
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-3, atol=3e-5)
+    assert any(not torch.allclose(weights[0][key], weights[2][key], rtol=1e-3, atol=3e-4) for key in weights[0])
 
 
 @pytest.mark.slow
