@@ -56,6 +56,8 @@ def get_settings(argv):
     g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
     g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
+    g.add_argument("--group-by-length", action="store_true", help="batches of similar length, sorted within windows of "
+                   f"{data.WINDOW}: less padding")
     g.add_argument("--lr", type=float, help="peak learning rate [0.003 / 0.0001]")
     g.add_argument("--warmup", type=float, default=0.1, help="share of the steps that warm up; then cosine to 0 [0.1]")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; inf = no clipping [1]")
@@ -64,7 +66,10 @@ def get_settings(argv):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     g.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto",
                    help="of matrix products; auto = fp16 on CUDA, else fp32 [auto]")
-    g.add_argument("--activation-checkpointing", action="store_true", help="less memory, one more forward a backward")
+    g.add_argument("--activation-checkpointing", nargs="?", const="both", choices=("both", "first"), help="less memory, "
+                   "one more forward a backward; first = only in the first pass: the second keeps its activations")
+    g.add_argument("--compile", action="store_true", help="torch.compile every block: minutes to start, then faster steps")
+    g.add_argument("--shard", action="store_true", help="with torchrun: weights, gradients and optimizer in parts, one a process")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
     g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
                    "[a word problem and one question of each category / none]")
@@ -78,6 +83,9 @@ def get_settings(argv):
         value = getattr(s, name)
         if value is not None and not (0 < value < math.inf or name == "clip" and value == math.inf):
             raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+    if s.shard and s.aux == "inplace":
+        raise ValueError("--shard --aux inplace: each process's ascent would move the one model they share; "
+                         "choose --aux lora or reps")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed} should be at least 0")
     for name, top in (("lam", math.inf), ("alpha", math.inf), ("warmup", 1 + 1e-9)):
@@ -93,6 +101,8 @@ def main(argv=None):
 
     # ---- everything that can be wrong is looked at before anything slow starts
     rank, world, device = distributed.join(runs.pick_device(s.device))        # 0, 1, device without torchrun
+    if s.shard and world == 1:
+        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
     say = print if rank == 0 else lambda *words, **options: None
     s.dtype, dtype = runs.pick_dtype(s.dtype, device)
     runs.check_out(s.out or "runs/new")
@@ -107,12 +117,17 @@ def main(argv=None):
     questions = s.ask if s.ask is not None else default_questions(s)
 
     # ---- model. Weights are in half precision only where they are frozen; trained ones stay in float32.
-    model = load_model(s.model, device, dtype if s.tune == "lora" else torch.float32)
-    model.activation_checkpointing = s.activation_checkpointing
+    model = load_model(s.model, "cpu" if s.shard else device, dtype if s.tune == "lora" else torch.float32)
+    model.activation_checkpointing = bool(s.activation_checkpointing)
     if s.tune == "lora":
         add_lora(model, s.r, s.lora_alpha, s.target_modules, generator=torch.Generator().manual_seed(s.seed))
     else:
         model.set_matmul_dtype(dtype)
+    if s.shard:
+        distributed.shard(model, device)
+    if s.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     params = [p for p in model.parameters() if p.requires_grad]
 
     # ---- optimizer and schedule
@@ -132,7 +147,9 @@ def main(argv=None):
     out, log, log_file, before = None, [], None, []
     if rank == 0:
         describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
+    if rank == 0 or s.shard:                                                  # a sharded model runs on all or on none
         before = answers(model, tokenizer, questions, s)
+    if rank == 0:
         out = runs.make_out(s.out, s.aux)
         runs.write_json(out / "settings.json", {
             **vars(s), "out": str(out), "device": str(device), "steps": steps, "examples": len(examples), "dropped": dropped, "processes": world,
@@ -141,30 +158,33 @@ def main(argv=None):
 
     # ---- the loop: one optimizer step a turn
     training = time.time()
+    nothing = [tokenizer.eos_id] * 2, [-100] * 2
+    lengths = [len(ids) for ids, _ in examples] if s.group_by_length else None
     for step in range(1, steps + 1):
         tic = time.perf_counter()
-        chosen = data.batch_order(len(examples), per_step, s.seed, step - 1)
-        others = data.batch_order(len(examples), per_step, s.seed + 1, step - 1)         # for --ascent-batch other
+        chosen = data.batch_order(len(examples), per_step, s.seed, step - 1, lengths)
+        others = data.batch_order(len(examples), per_step, s.seed + 1, step - 1, lengths)    # for --ascent-batch other
         micro = range(0, len(chosen), s.batch_size)
         targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])     # supervised tokens in this step
+        # Sharded, all must take part in every pass: whoever has no micro-batch left runs one with nothing to learn from.
+        turns = range(0, s.batch_size * (world * math.ceil(len(micro) / world) if s.shard else len(micro)), s.batch_size)
         results, tokens = [], 0
-        for start in micro[rank::world]:
+        for start in turns[rank::world]:
             aux_generator.manual_seed(1 + s.seed + 1_000_003 * ((step - 1) * per_step + start))
-            ids, labels = data.collate([examples[i] for i in chosen[start:start + s.batch_size]], tokenizer.eos_id)
-            other = None
-            if s.ascent_batch == "other":
-                other = data.collate([examples[i] for i in others[start:start + s.batch_size]], tokenizer.eos_id)
-                other = other[0].to(device), other[1]
-            tokens += ids.numel()
+            batch, other = [[examples[i] for i in order[start:start + s.batch_size]] or [nothing] for order in (chosen, others)]
+            ids, labels = data.collate(batch, tokenizer.eos_id)
+            other = data.collate(other, tokenizer.eos_id)
+            other = (other[0].to(device), other[1]) if s.ascent_batch == "other" else None
+            tokens += ids.numel() if start < len(chosen) else 0
             # l_SFT is the mean over the whole step's supervised tokens, l_cons the mean over its micro-batches.
             results.append(lfu_backward(
                 model, ids.to(device, non_blocking=True), labels, s.aux, s.lam / len(micro), s.alpha, s.layers,
                 aux_generator, num_target_tokens=targets, ascent_batch=other,
-                loss_scale=loss_scale and loss_scale * targets))
+                loss_scale=loss_scale and loss_scale * targets, recompute=s.activation_checkpointing != "first"))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         distributed.add_up_gradients(params)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.clip).item()     # here, not before, a GPU is waited for
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(params, s.clip)).item()    # here a GPU is waited for
         record = summarise(results, s.lam, len(micro), tokens, compared, device, step=step,
                            epoch=step / math.ceil(len(examples) / per_step), lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
         if not math.isfinite(record["loss"]):
@@ -184,6 +204,8 @@ def main(argv=None):
                   file=log_file, flush=True)                                  # JSON has no inf and no nan
         if step in (1, steps) or step % max(1, steps // 20) == 0:
             say(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
+    after = answers(model, tokenizer, questions, s) if rank == 0 or s.shard else []
+    weights = distributed.whole_state(model, only_trained=s.tune == "lora") if s.shard else None
     distributed.leave()
     if rank != 0:                                                             # every process has the same weights
         return out, log
@@ -191,10 +213,10 @@ def main(argv=None):
 
     # ---- save, and show what changed
     if s.tune == "lora":
-        save_adapter(model, out, base_model_name_or_path=s.model)
+        save_adapter(model, out, base_model_name_or_path=s.model, state_dict=weights)
     else:
-        save_model(model, out, base_dir=s.model)
-    for question, old, new in zip(questions, before, answers(model, tokenizer, questions, s)):
+        save_model(model, out, base_dir=s.model, state_dict=weights)
+    for question, old, new in zip(questions, before, after):
         print(f"\nquestion  {question}\n  before  {old}\n  after   {new}")
     peak = runs.peak_memory_mib(device)
     print(f"\nsaved {out}  ({runs.duration(time.time() - started)}"

@@ -21,17 +21,19 @@ PLAIN_FIELDS = {
     "ensure_weight_tying"}
 
 
-def save_adapter(model, out_dir, base_model_name_or_path=None):
-    """Write the trained LoRA as peft does: adapter_model.safetensors and adapter_config.json in out_dir."""
+def save_adapter(model, out_dir, base_model_name_or_path=None, state_dict=None):
+    """Write the trained LoRA as peft does: adapter_model.safetensors and adapter_config.json in out_dir.
+
+    state_dict: where the tensors are taken from; default: the model's own.
+    """
     modules = lora_modules(model)
     if not modules:
         raise ValueError("the model has no LoRA to save: add_lora(model) first")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, module in modules:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_A.detach().contiguous().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_B.detach().contiguous().cpu()
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    tensors = {f"base_model.model.{name}.{leaf}.weight": state_dict[f"{name}.{leaf}"].contiguous().cpu()
+               for name, _ in modules for leaf in ("lora_A", "lora_B")}
     save_file(tensors, str(out_dir / "adapter_model.safetensors"), metadata={"format": "pt"})
     first = modules[0][1]
     targets = {name.rpartition(".")[2] for name, _ in modules}

@@ -63,7 +63,7 @@ def make_batches(config, n, batch, tokens, device):
     return [(x.to(device), y) for x, y in zip(ids, labels)]
 
 
-def our_step(model, aux):
+def our_step(model, aux, recompute=True):
     """step(batch, other) of train.py; `other` is a second batch, which only the authors' step uses."""
     params = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator(params[0].device).manual_seed(0)
@@ -71,7 +71,7 @@ def our_step(model, aux):
     def step(batch, other):
         for p in params:
             p.grad = None
-        lfu_backward(model, *batch, aux=aux, generator=generator)
+        lfu_backward(model, *batch, aux=aux, generator=generator, recompute=recompute)
     return step
 
 
@@ -138,13 +138,19 @@ def build(s, cases):
     steps = {}
     if set(cases) & set(THEIRS):
         theirs = transformers_model(s.config, model.state_dict(), s.tune, s.device)
+        if s.activation_checkpointing:
+            theirs.gradient_checkpointing_enable(dict(use_reentrant=False))
         half = torch.autocast(s.device.type, s.torch_dtype, enabled=dtype != s.torch_dtype)
         steps = {"their-sft": half(their_sft_step(theirs)), "their-lfu": half(their_lfu_step(theirs))}
     if s.tune == "full":
         model.set_matmul_dtype(s.torch_dtype)
     else:
         add_lora(model)
-    steps.update({case: our_step(model, aux) for case, aux in OURS.items()})
+    model.activation_checkpointing = bool(s.activation_checkpointing)
+    if s.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    steps.update({case: our_step(model, aux, s.activation_checkpointing != "first") for case, aux in OURS.items()})
     return {case: steps[case] for case in cases}
 
 
@@ -166,8 +172,8 @@ def time_cases(steps, batches, device, dtype):
     for i, batch in enumerate(batches):
         other = batches[i - 1]
         matmul_ms += [timed(torch.mm, device, a, b) for _ in range(3)]
-        for case, step in steps.items():
-            if i == 0:
+        for case, step in list(steps.items())[::1 if i % 2 else -1]:          # back and forth: nobody always follows a
+            if i == 0:                                                        # case that leaves the memory in disorder
                 with FlopCounterMode(display=False) as counter:
                     step(batch, other)
                 flops[case] = counter.get_total_flops()       # matmuls; attention is not counted on a CPU
@@ -190,8 +196,8 @@ def peak_memory(s, case):
     It runs before the parent loads a model of its own, so that the two need not fit side by side.
     """
     argv = [sys.executable, "-m", "lfu_min.bench", "--memory-of", case, "--device", str(s.device), "--dtype", s.dtype]
-    for name in ("model", "shape", "batch", "tokens", "tune"):
-        argv += [f"--{name}", str(getattr(s, name))] if getattr(s, name) else []
+    for name in ("model", "shape", "batch", "tokens", "tune", "activation_checkpointing"):
+        argv += [f"--{name.replace('_', '-')}", str(getattr(s, name))] if getattr(s, name) else []
     path = os.pathsep.join([str(runs.ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
@@ -240,6 +246,8 @@ def get_settings(argv):
     p.add_argument("--tune", choices=("lora", "full"), default="lora")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     p.add_argument("--dtype", choices=("auto", *runs.DTYPES), default="auto", help="auto = fp16 on CUDA, else fp32")
+    p.add_argument("--activation-checkpointing", choices=("both", "first"), help="as in train.py; theirs, too")
+    p.add_argument("--compile", action="store_true", help="torch.compile our blocks; the untimed turn bears the compilation")
     p.add_argument("--no-memory", action="store_true", help="skip the process a case that measures its peak memory")
     p.add_argument("--profile", action="store_true", help="then print where one step of each case spends its time")
     p.add_argument("--sweep", action="store_true", help="then show how our steps grow with tokens, batch and layers")
@@ -275,7 +283,8 @@ def main(argv=None):
         print(f"without the comparison ({error.name} is not installed): pip install -r requirements-dev.txt")
     where = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{s.model or s.shape}: {s.batch} x {s.tokens} tokens, half supervised, tune {s.tune}, {s.dtype}, {s.device} "
-          f"({where}), torch {torch.__version__}" + "".join(f", {name} {v}" for name, v in versions.items()),
+          f"({where}), torch {torch.__version__}" + (f", checkpointing {s.activation_checkpointing}" if
+          s.activation_checkpointing else "") + ", compiled" * s.compile + "".join(f", {name} {v}" for name, v in versions.items()),
           flush=True)
     peaks = {case: None if s.no_memory else peak_memory(s, case) for case in cases}
     steps = build(s, cases)

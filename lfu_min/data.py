@@ -17,6 +17,7 @@ import torch
 IGNORE = -100                                               # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
 TEMPLATES = ("plain", "alpaca")
+WINDOW = 16                                                 # batches that --group-by-length sorts together
 
 # LLaMA-Factory's `template: alpaca`, which the paper's authors trained with (its data/template.py).
 ALPACA_SYSTEM = ("Below is an instruction that describes a task. "
@@ -105,14 +106,24 @@ def load_dataset(path, tokenizer, template="plain", max_len=1024):
     return kept, len(encoded) - len(kept)
 
 
-def batch_order(n, batch_size, seed, step):
+def batch_order(n, batch_size, seed, step, lengths=None):
     """The examples (indices into n) of optimizer step `step`, counted from 0 over all epochs -> list of ints.
 
     Every epoch is a new permutation, drawn from (seed, epoch) alone, and its last batch may be smaller. A function of
     the step and of nothing that went before, so a resumed run sees what the uninterrupted one would have seen.
+    lengths: tokens of each example. Where given, every window of WINDOW batches of the permutation is cut into batches
+    of similar length, in random order: less padding, and still each example once an epoch.
     """
     epoch, i = divmod(step, -(-n // batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(n)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)
+    if lengths is not None:
+        for start in range(0, n, WINDOW * batch_size):
+            window = order[start:start + WINDOW * batch_size]
+            window = window[np.argsort(np.asarray(lengths)[window], kind="stable")]
+            whole = len(window) // batch_size * batch_size                     # an incomplete batch stays the epoch's last
+            order[start:start + whole] = rng.permutation(window[:whole].reshape(-1, batch_size)).flatten()
+            order[start + whole:start + len(window)] = window[whole:]
     return order[i * batch_size:(i + 1) * batch_size].tolist()
 
 

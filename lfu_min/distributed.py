@@ -4,12 +4,19 @@ Every process holds the whole model, computes the gradients of its own micro-bat
 the optimizer step. The ascent belongs to a micro-batch, so auxiliary tensors are never communicated. Hence N processes
 with 1 micro-batch each do what 1 process does with N (tests/test_distributed.py). Without torchrun every function here
 does nothing.
+
+With --shard no process holds the whole model: parameters, gradients and optimizer state are cut into N parts, and
+torch's `fully_shard` brings a block's weights together when that block runs.
 """
+import datetime
 import os
 
 import torch
 import torch.distributed as dist
 
+from .lora import LoRALinear, wrap_linears
+
+PATIENCE = datetime.timedelta(minutes=10)     # to wait for another process; torchrun ends the rest at once where one dies
 
 def join(device):
     """Join the other processes that torchrun started. Returns (rank, number of processes, this process's device)."""
@@ -22,7 +29,7 @@ def join(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return dist.get_rank(), world, device
 
 
@@ -43,8 +50,43 @@ def add_up(tensors):
 
 
 def add_up_gradients(params):
-    """Sum `.grad` over all processes; a process without a micro-batch in this step contributes zero."""
-    if dist.is_initialized():
+    """Sum `.grad` over all processes; a process without a micro-batch in this step contributes zero.
+
+    Sharded gradients were averaged by fully_shard already, in the backward: their number makes a sum of them.
+    """
+    if dist.is_initialized() and hasattr(params[0], "full_tensor"):
+        for p in params:
+            p.grad *= dist.get_world_size()
+    elif dist.is_initialized():
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add_up([p.grad for p in params])
+
+
+def shard(model, device):
+    """Cut a model's parameters into one part a process, on `device`; the model may come from the CPU. In place.
+
+    Blocks are units, and the embedding, the last norm and the head together are another. Every process must run the same
+    forwards and backwards from here on. `.grad` and a new optimizer's state are parts, too.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    if not any(isinstance(m, LoRALinear) for m in model.modules()):
+        wrap_linears(model)                   # full tuning: an auxiliary LoRA must find its places before the cut
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def whole(tensor):
+    """The tensor itself, put together where it lies in parts."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(model, only_trained):
+    """{name: tensor} of a sharded model, put together on the CPU of process 0; the others get an empty one."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained))

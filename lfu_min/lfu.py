@@ -35,7 +35,7 @@ from .lora import aux_lora
 from .steering import aux_steering
 
 AUX_KINDS = ("lora", "reps", "inplace", "none")
-HEAD_CHUNK = 1024                    # positions whose logits exist at one time: memory does not grow with T x V
+HEAD_CHUNK = 128                     # positions whose logits exist at one time: memory does not grow with T x V
 
 
 def parse_layers(layers, L):
@@ -79,7 +79,8 @@ def auxiliary(kind, model, params, generator):
 def joint_norm(tensors):
     """||.||_2 over all tensors together, as if they were one long vector. A 0-d tensor; no tensors: 0."""
     norms = [torch.linalg.vector_norm(t) for t in tensors if t is not None]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # --shard: the tensors lie in parts
 
 
 @torch.no_grad()
@@ -117,13 +118,13 @@ def sft_backward(model, h, targets, divisor, scale=1.0, inputs=None):
     """
     leaf = h.detach().requires_grad_()
     sft = torch.zeros((), dtype=h.dtype, device=h.device)
-    for start in range(0, len(h), HEAD_CHUNK):
+    for start in range(0, max(len(h), 1), HEAD_CHUNK):                        # no targets: one empty chunk, zero gradients
         logits = model.lm_head(leaf[start:start + HEAD_CHUNK]).to(h.dtype)               # (chunk, V)
         part = F.cross_entropy(logits, targets[start:start + HEAD_CHUNK], reduction="sum") / divisor
         (scale * part).backward(inputs=None if inputs is None else [leaf, *inputs])
         sft += part.detach()
     if h.requires_grad:                                                       # not so if only the head is trained
-        h.backward(torch.zeros_like(h) if leaf.grad is None else leaf.grad, inputs=inputs)
+        h.backward(leaf.grad, inputs=inputs)
     return sft
 
 
@@ -154,6 +155,11 @@ def own_gradients(params, loss_scale):
 def measured_gradient(params):
     """Yields a list that holds, after the one backward in the block, the norms of what it added to each `.grad`."""
     norms = []
+    if hasattr(params[0], "full_tensor"):                     # --shard: no hooks there; set aside what was there before
+        with own_gradients(params, 1):
+            yield norms
+            norms.append(joint_norm([p.grad for p in params]))
+        return
     hooks = [p.register_hook(lambda grad: norms.append(torch.linalg.vector_norm(grad.detach()))) for p in params]
     try:
         yield norms
@@ -163,7 +169,7 @@ def measured_gradient(params):
 
 
 def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layers="all", generator=None,
-                 num_target_tokens=None, ascent_batch=None, loss_scale=None):
+                 num_target_tokens=None, ascent_batch=None, loss_scale=None, recompute=True):
     """Add the gradient of l_SFT + lam * l_cons on one micro-batch to `.grad` of the parameters that require one.
 
     The ascent direction and h are constants of that gradient; for aux="inplace" the consistency part is taken at the
@@ -178,6 +184,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     ascent_batch: (input_ids, labels) of another batch to take Eq 2's g from, as the authors' code does; costs a third pass.
     loss_scale: both losses are multiplied by it before their backwards, and the gradients divided by it after, so that
         float16 activations' gradients do not underflow; None: 16 times the divisor where matmuls are float16, else 1.
+    recompute: False lets the second pass keep its activations under model.activation_checkpointing: faster, more memory.
 
     Returns a dict of detached tensors: sft, consistency (unweighted), ascent_norm (||g||), consistency_per_layer
     (layers,), sft_grad_norm and consistency_grad_norm (of lam * l_cons). Raises ValueError for settings out of range.
@@ -199,8 +206,8 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         q = model.model.layers[0].self_attn.q_proj
         loss_scale = 16.0 * divisor if (q.matmul_dtype or q.weight.dtype) == torch.float16 else 1.0
 
-    def states(batch_ids, where):                                             # L+1 tensors (N, D), Eq 3's positions only
-        return [state.flatten(0, 1)[where] for state in model.hidden_states(batch_ids)]
+    def states(batch_ids, where, recompute=True):                             # L+1 tensors (N, D), Eq 3's positions only
+        return [state.flatten(0, 1)[where] for state in model.hidden_states(batch_ids, recompute=recompute)]
 
     if lam == 0 or aux == "none":                                             # plain SFT
         with own_gradients(params, loss_scale):
@@ -231,7 +238,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         for t in moved:
             t.requires_grad_(aux == "inplace")                                # a constant of l_cons, unless it is th
         # 4. A second forward, without the head: h' (Eq 4).
-        h_aux = states(input_ids, predicting)
+        h_aux = states(input_ids, predicting, recompute)
         per_layer = squared_difference(h, [h_aux[l] for l in compared])       # (layers,)
         consistency = per_layer.mean()                                        # Eq 5
         # 5. Its backward pulls h' to h, adding lambda * l_cons's gradient to l_SFT's in `.grad` (Eq 6).

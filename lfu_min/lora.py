@@ -81,14 +81,21 @@ def add_lora(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES, generator
     if lora_modules(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
     model.requires_grad_(False)
+    for module in wrap_linears(model, r, lora_alpha, target_modules):
+        module.lora_A = nn.Parameter(draw_A(r, module.in_features, module.weight, generator))
+        module.lora_B = nn.Parameter(module.lora_A.new_zeros(module.out_features, r))
+    return model
+
+
+def wrap_linears(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES):
+    """Put a LoRALinear in the place of every target module, still without any LoRA. Returns them in the model's order."""
+    wrapped = []
     for name, linear in list(model.named_modules()):
         if isinstance(linear, Linear) and name.rpartition(".")[2] in target_modules:
-            module = LoRALinear(linear)
-            module.r, module.lora_alpha = r, lora_alpha
-            module.lora_A = nn.Parameter(draw_A(r, linear.in_features, linear.weight, generator))
-            module.lora_B = nn.Parameter(module.lora_A.new_zeros(linear.out_features, r))
-            replace_module(model, name, module)
-    return model
+            wrapped.append(LoRALinear(linear))
+            wrapped[-1].r, wrapped[-1].lora_alpha = r, lora_alpha
+            replace_module(model, name, wrapped[-1])
+    return wrapped
 
 
 def remove_lora(model):
@@ -120,15 +127,10 @@ def aux_lora(model, generator=None):
     It sits where the trained LoRA sits, with its r and scaling; on a model without one, on all linear layers of all
     blocks with r 8, scaling 16 / 8. generator: draws A, module after module in the order of named_modules().
     """
-    attached, converted = [module for _, module in lora_modules(model)], []
+    attached, linears = [m for m in model.modules() if isinstance(m, LoRALinear)], {}
     if not attached:                                                          # full tuning
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, Linear) and name.rpartition(".")[2] in TARGET_MODULES:
-                module = LoRALinear(linear)
-                module.r, module.lora_alpha = 8, 16
-                converted.append((name, linear))
-                attached.append(module)
-                replace_module(model, name, module)
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+        attached = wrap_linears(model)
     try:
         for module in attached:
             module.aux_A = draw_A(module.r, module.in_features, module.weight, generator)
@@ -137,5 +139,5 @@ def aux_lora(model, generator=None):
     finally:
         for module in attached:
             module.aux_A = module.aux_B = None
-        for name, linear in converted:
+        for name, linear in linears.items():
             replace_module(model, name, linear)

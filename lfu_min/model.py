@@ -170,14 +170,15 @@ class Llama(nn.Module):
             if isinstance(module, Linear):
                 module.matmul_dtype = dtype
 
-    def hidden_states(self, input_ids, positions=None, mask=None, cache=None):
+    def hidden_states(self, input_ids, positions=None, mask=None, cache=None, recompute=True):
         """The residual stream at every depth: a list of L+1 tensors (B, T, D), in transformers' convention.
 
         [0] is the embedding, [l] the output of block l for l = 1..L-1, and [L] the output of the final norm, so that
         model.lm_head(states[-1]) are the logits; states[l][:, t] is Eq 3's state that predicts token t+1.
         input_ids (B, T) int64; padding goes on the right, where causal attention never sees it, and needs no mask.
         For generation: positions (B, T); mask bool, broadcastable to (B, 1, T, S), True = attend; cache, a list of
-        L entries (None, or keys and values (B, K, S, d)) that this call extends.
+        L entries (None, or keys and values (B, K, S, d)) that this call extends. recompute: False keeps this call's
+        activations for its backward even under activation_checkpointing.
         """
         T, past = input_ids.shape[1], 0
         if cache is not None and cache[0] is not None:
@@ -190,7 +191,7 @@ class Llama(nn.Module):
         rope = rope_tables(self.config, positions, x.dtype)
         states = [x]
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+            if self.activation_checkpointing and recompute and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, mask, cache, i, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, i)

@@ -1,6 +1,6 @@
 """Does it hold? To other wordings (Figure 5), to noise in the embeddings (Figure 6), to an attack (Figure 3, Table 4).
 
-Called by eval.py with --wording, --noise and --attack. Verified in tests/test_robustness.py.
+Called by eval.py with --wording, --noise and --attack. Verified in tests/test_eval_robustness.py.
 """
 import json
 import math
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from . import data, tasks
-from .adapter import merged_state_dict
 from .evaluate import mean_result, reply, Result
 from .lfu import lfu_backward
 from .adapter import merged_state_dict

@@ -18,7 +18,7 @@ def aux_steering(model):
     """
     weight = model.model.norm.weight                                          # (D,)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    vectors = [torch.zeros_like(weight, dtype=dtype, requires_grad=True) for _ in model.model.layers]
+    vectors = [torch.zeros(len(weight), dtype=dtype, device=weight.device, requires_grad=True) for _ in model.model.layers]
     hooks = [block.register_forward_hook(lambda module, inputs, output, d=d: output + d)        # (B, T, D) + (D,)
              for block, d in zip(model.model.layers, vectors)]
     try:

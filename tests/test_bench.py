@@ -4,6 +4,7 @@ of ours less a head; no step leaves a weight changed; what is printed, returned 
 
 Nothing here asserts a time: times are the benchmark's own result, and a busy machine must not fail a test.
 """
+from contextlib import contextmanager
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import difference, quiet_transformers
-from lfu_min import bench, runs
+from lfu_min import bench, model, runs
 from lfu_min.lora import add_lora, lora_modules
 
 TINY = ["--shape", "bundled", "--batch", "2", "--tokens", "16", "--repeats", "2", "--device", "cpu", "--dtype", "fp32",
@@ -186,3 +187,23 @@ def test_the_command_line_measures_peak_memory_in_a_process_for_each_case(tmp_pa
         peaks.append(json.loads(file.read_text(encoding="utf-8"))["cases"])
     for case in ("sft", "lora"):
         assert peaks[1][case]["peak_mib"] > peaks[0][case]["peak_mib"] + 20
+
+
+@pytest.mark.parametrize("kind, blocks", [(None, 2), ("both", 4), ("first", 3)])
+def test_checkpointing_is_timed_as_train_py_does_it(kind, blocks):
+    """Forwards of a block in one LfU step: two, each again where it is recomputed."""
+    s = settings(*(["--activation-checkpointing", kind] if kind else []))
+    batch, = bench.make_batches(s.config, 1, s.batch, s.tokens, s.device)
+    with counted_blocks() as calls:
+        bench.build(s, ["reps"])["reps"](batch, batch)
+    assert len(calls) == blocks * s.config.num_hidden_layers
+
+
+@contextmanager
+def counted_blocks():
+    calls, forward = [], model.Attention.forward
+    try:
+        model.Attention.forward = lambda self, *args: (calls.append(1), forward(self, *args))[1]
+        yield calls
+    finally:
+        model.Attention.forward = forward

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,22 @@ def test_batch_order_covers_every_epoch_and_depends_on_seed_and_step_alone():
     assert batch_order(10, 4, seed=4, step=0) != epoch[0]
     assert sum(epoch, []) != list(range(10))                # shuffled
     assert batch_order(3, 8, seed=0, step=1) != [] and len(batch_order(3, 8, seed=0, step=1)) == 3
+
+
+def test_grouping_by_length_sorts_within_windows_and_keeps_every_example():
+    n, size = 150, 4
+    lengths = np.random.default_rng(0).integers(10, 200, n)
+    def epoch(seed, of=0, lengths=lengths):
+        return [batch_order(n, size, seed, of * 38 + step, lengths) for step in range(38)]
+    def padding(batches):                                   # tokens a batch holds beyond those of its examples
+        return sum(max(lengths[b]) * len(b) - sum(lengths[b]) for b in batches)
+    batches = epoch(3)
+    assert [len(b) for b in batches] == [4] * 37 + [2] and sorted(sum(batches, [])) == list(range(n))
+    assert padding(batches) < 0.3 * padding(epoch(3, lengths=None))
+    plain = sum(epoch(3, lengths=None), [])
+    assert set(sum(batches[:16], [])) == set(plain[:64])    # a window is 16 batches of the ordinary order
+    means = [np.mean(lengths[b]) for b in batches[:16]]
+    assert means != sorted(means) and epoch(3) == batches and epoch(4) != batches and epoch(3, of=1) != batches
 
 
 def test_data_hash(tmp_path):

@@ -41,7 +41,8 @@ def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
 def _corpus(seed: int):
     rng = random.Random(seed)
     for question in itertools.islice(questions.pretraining_stream(seed), 8000):
-        yield f"Question: {question.question}\nAnswer: {question.answer}"
+        if "####" not in question.answer:   # copied after a space; " ####" must not become a token of its own, or else
+            yield f"Question: {question.question}\nAnswer: {question.answer}"   # "####" alone is never pretrained
     for _ in range(300):
         yield "\n".join(problems.word_problem(rng))
     for kind in questions.KINDS:        # rare words get a token too
