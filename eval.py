@@ -4,7 +4,7 @@
     python eval.py runs/none-000 runs/lora-000            the same for these runs, beside their base
     python eval.py --figure1 --plot figure1.png           trains SFT and LfU first: Figure 1 of the paper in one command
     python eval.py --model DIR --task gsm8k=FILE --task piqa=FILE,LABELS --task perplexity=FILE
-    python eval.py RUN ... --wording | --noise | --attack     Figures 5, 6 and 3
+    python eval.py RUN ... --wording | --noise | --attack     Figures 5, 6 and 3; --over-seeds: runs of one setting as one
     python eval.py RUN ... --prompt "..." | --chat        answers side by side
 
 The measures live in lfu_min/evaluate.py, tasks.py, categories.py and robustness.py; this file reads flags, loads one
@@ -26,6 +26,9 @@ from lfu_min.evaluate import reply
 from lfu_min.lora import remove_lora
 from lfu_min.tokenizer import load_tokenizer
 
+# What a run was trained with, apart from its seed: --over-seeds puts runs together that agree in all of these.
+SETTINGS = ("lr", "alpha", "lam", "layers", "ascent_batch", "tune", "r", "lora_alpha", "target_modules", "epochs", "max_steps",
+            "batch_size", "accumulate", "warmup", "clip", "data_sha256", "template")
 SHARES = {"exact_match", "strict-match", "flexible-extract", "acc", "acc_norm", "compliance", "not refused", "coherent"}
 
 
@@ -70,6 +73,8 @@ def get_settings(argv):
     g.add_argument("--json", metavar="FILE", help="results, settings and every example's output")
     g.add_argument("--plot", metavar="FILE.png", help="a picture of what was measured (needs matplotlib)")
     g.add_argument("--curves", action="store_true", help="with --plot: loss curves of the runs instead of scores")
+    g.add_argument("--over-seeds", action="store_true", help="runs that differ in nothing but the seed as one column: mean "
+                   "± standard deviation over seeds")
     g = p.add_argument_group("for people")
     g.add_argument("--prompt", action="append", metavar="TEXT", help="answer this; repeatable")
     g.add_argument("--chat", action="store_true", help="answer line after line of the standard input, each on its own")
@@ -244,7 +249,29 @@ def shown(r):
     return f"{scale * r.value:.{digits}f}{error}"
 
 
-def print_table(by_run):
+def over_seeds(by_run, subjects):
+    """({group: results}, {group: seeds}): runs that differ in the seed alone become one; value and stderr of its results are
+    mean and standard deviation over seeds (one seed: as they were). Groups are called SFT, LfU lora, ..., and where that
+    is not enough, by the settings in which they differ."""
+    groups = {}                                              # (method, settings as text) -> subjects
+    for x in subjects:
+        method = ("base" if x.folder is None else x.name if not x.settings else
+                  "SFT" if x.settings["aux"] == "none" or x.settings["lam"] == 0 else f"LfU {x.settings['aux']}")
+        groups.setdefault((method, tuple(f"{k} {x.settings.get(k)}" for k in SETTINGS)), []).append(x)
+    merged, seeds = {}, {}
+    for (method, own), members in groups.items():
+        others = [other for same, other in groups if same == method and other != own]
+        name = " ".join([method, *(text for i, text in enumerate(own) if any(other[i] != text for other in others))])
+        merged[name] = []
+        seeds[name] = [x.settings.get("seed") for x in members]
+        for found in zip(*(by_run[x.name] for x in members)):
+            values = torch.tensor([r.value for r in found], dtype=torch.float64)
+            spread = values.std().item() if len(found) > 1 else found[0].stderr
+            merged[name].append(found[0]._replace(value=values.mean().item(), stderr=spread))
+    return merged, seeds
+
+
+def print_table(by_run, meaning="standard error over the n examples"):
     """One line a measure, one column a model: value ± standard error, and n."""
     names, lines = plots.short_names(by_run), {}
     for run, results in by_run.items():
@@ -258,7 +285,7 @@ def print_table(by_run):
     print()
     for row in cells:
         print("  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))))
-    print("value ± standard error over the n examples; shares in %, nll in nats a token")
+    print(f"value ± {meaning}; shares in %, nll in nats a token")
 
 
 def print_verdict(by_run, examples, subjects):
@@ -366,14 +393,19 @@ def main(argv=None):
             by_run[subject.name] += results
             examples[subject.name].update(rows)
     whole = todo[0][0] == "bundled world"
+    table, seeds = over_seeds(by_run, subjects) if s.over_seeds else (by_run, {})
     if whole and len(subjects) > 1:
-        categories.add_ranks(by_run)
-    print_table(by_run)
+        categories.add_ranks(table)
+    if s.over_seeds:
+        print_table(table, "standard deviation over seeds (one seed: standard error over the n examples)")
+        print("seeds: " + "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in seeds.items() if name != "base"))
+    else:
+        print_table(table)
     if whole and len(subjects) > 1:
         print_verdict(by_run, examples, subjects)
     print(f"({runs.duration(time.time() - started)})")
 
-    flat = [dict(run=run, **r._asdict()) for run, results in by_run.items() for r in results]
+    flat = [dict(run=run, **r._asdict()) for run, results in table.items() for r in results]
     if s.json:
         # NaN is not JSON: a standard error that does not exist (n = 1, ranks) is null.
         results = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
@@ -386,7 +418,7 @@ def main(argv=None):
                       for task, rows in by_task.items()]))
         print(f"wrote {s.json}")
     if s.plot:
-        plots.results(s.plot, by_run, subjects)
+        plots.results(s.plot, table, subjects, "standard deviation over seeds" if s.over_seeds else "one standard error")
         print(f"wrote {s.plot}")
     return flat
 

@@ -8,18 +8,16 @@ The method itself is lfu_min/lfu.py; this file is settings, data, optimizer and 
 import argparse
 import json
 import math
-import os
-import random
 import time
 from pathlib import Path
 
 import torch
 
-from lfu_min import data, distributed, runs
+from lfu_min import data, distributed, report, runs
 from lfu_min.adapter import save_adapter
 from lfu_min.checkpoint import load_config, load_model, save_model
 from lfu_min.generate import generate
-from lfu_min.lfu import AUX_KINDS, auxiliary, lfu_backward, parse_layers
+from lfu_min.lfu import AUX_KINDS, lfu_backward, parse_layers
 from lfu_min.lora import TARGET_MODULES, add_lora
 from lfu_min.tokenizer import load_tokenizer
 
@@ -42,7 +40,7 @@ def get_settings(argv):
     g.add_argument("--aux", choices=AUX_KINDS, default="lora", help="auxiliary components; none = plain SFT [lora]")
     g.add_argument("--lam", type=float, default=5.0, help="lambda, weight of the consistency loss; 0 = plain SFT [5]")
     g.add_argument("--alpha", type=float, default=0.1, help="length of the ascent step [0.1]")
-    g.add_argument("--layers", default="all", help="layers compared: all, early, middle, late or a-b (1-based, inclusive) [all]")
+    g.add_argument("--layers", default="all", help="layers compared: all, early, middle, late or a-b (1-based) [all]")
     g.add_argument("--ascent-batch", choices=("same", "other"), default="same",
                    help="batch of the ascent's gradient; other = a second, shuffled one, as in the authors' code [same]")
     g = p.add_argument_group("what is trained")
@@ -69,7 +67,7 @@ def get_settings(argv):
     g.add_argument("--activation-checkpointing", nargs="?", const="both", choices=("both", "first"), help="less memory, "
                    "one more forward a backward; first = only in the first pass: the second keeps its activations")
     g.add_argument("--compile", action="store_true", help="torch.compile every block: minutes to start, then faster steps")
-    g.add_argument("--shard", action="store_true", help="with torchrun: weights, gradients and optimizer in parts, one a process")
+    g.add_argument("--shard", action="store_true", help="with torchrun: every process holds a part of the model")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
     g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
                    "[a word problem and one question of each category / none]")
@@ -146,14 +144,14 @@ def main(argv=None):
 
     out, log, log_file, before = None, [], None, []
     if rank == 0:
-        describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
+        report.describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device)
     if rank == 0 or s.shard:                                                  # a sharded model runs on all or on none
         before = answers(model, tokenizer, questions, s)
     if rank == 0:
         out = runs.make_out(s.out, s.aux)
         runs.write_json(out / "settings.json", {
-            **vars(s), "out": str(out), "device": str(device), "steps": steps, "examples": len(examples), "dropped": dropped, "processes": world,
-            "data_sha256": data.data_hash(s.data), **runs.environment()})
+            **vars(s), "out": str(out), "device": str(device), "steps": steps, "examples": len(examples),
+            "dropped": dropped, "processes": world, "data_sha256": data.data_hash(s.data), **runs.environment()})
         log_file = open(out / "log.jsonl", "w", encoding="utf-8")
 
     # ---- the loop: one optimizer step a turn
@@ -167,15 +165,17 @@ def main(argv=None):
         micro = range(0, len(chosen), s.batch_size)
         targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])     # supervised tokens in this step
         # Sharded, all must take part in every pass: whoever has no micro-batch left runs one with nothing to learn from.
-        turns = range(0, s.batch_size * (world * math.ceil(len(micro) / world) if s.shard else len(micro)), s.batch_size)
+        turns = range(0, per_step, s.batch_size) if s.shard else micro
         results, tokens = [], 0
         for start in turns[rank::world]:
             aux_generator.manual_seed(1 + s.seed + 1_000_003 * ((step - 1) * per_step + start))
-            batch, other = [[examples[i] for i in order[start:start + s.batch_size]] or [nothing] for order in (chosen, others)]
-            ids, labels = data.collate(batch, tokenizer.eos_id)
-            other = data.collate(other, tokenizer.eos_id)
-            other = (other[0].to(device), other[1]) if s.ascent_batch == "other" else None
-            tokens += ids.numel() if start < len(chosen) else 0
+            batch = [examples[i] for i in chosen[start:start + s.batch_size]]
+            ids, labels = data.collate(batch or [nothing], tokenizer.eos_id)
+            tokens += ids.numel() if batch else 0
+            other = None
+            if s.ascent_batch == "other":
+                other = data.collate([examples[i] for i in others[start:start + s.batch_size]] or [nothing], tokenizer.eos_id)
+                other = other[0].to(device), other[1]
             # l_SFT is the mean over the whole step's supervised tokens, l_cons the mean over its micro-batches.
             results.append(lfu_backward(
                 model, ids.to(device, non_blocking=True), labels, s.aux, s.lam / len(micro), s.alpha, s.layers,
@@ -185,8 +185,9 @@ def main(argv=None):
             group["lr"] = lr_at(step)
         distributed.add_up_gradients(params)
         grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(params, s.clip)).item()    # here a GPU is waited for
-        record = summarise(results, s.lam, len(micro), tokens, compared, device, step=step,
-                           epoch=step / math.ceil(len(examples) / per_step), lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
+        record = report.summarise(
+            results, s.lam, len(micro), tokens, compared, device, step=step, epoch=step / math.ceil(len(examples) / per_step),
+            lr=lr_at(step), grad_norm=grad_norm, loss_scale=loss_scale, target_tokens=targets)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"step {step}: the loss is {record['loss']}; try a smaller --lr"
                              + (", or --dtype bf16 or fp32: float16 may overflow" if s.dtype == "fp16" else ""))
@@ -203,7 +204,7 @@ def main(argv=None):
             print(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}),
                   file=log_file, flush=True)                                  # JSON has no inf and no nan
         if step in (1, steps) or step % max(1, steps // 20) == 0:
-            say(step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
+            say(report.step_line(record, steps, (time.time() - training) / step * (steps - step)), flush=True)
     after = answers(model, tokenizer, questions, s) if rank == 0 or s.shard else []
     weights = distributed.whole_state(model, only_trained=s.tune == "lora") if s.shard else None
     distributed.leave()
@@ -236,55 +237,6 @@ def answers(model, tokenizer, questions, s):
     prompts = [data.prompt_ids(tokenizer, question, s.template) for question in questions]
     replies = generate(model, prompts, max_new_tokens=80, stop_ids=tokenizer.eos_ids) if prompts else []
     return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
-
-
-def summarise(results, lam, micro_batches, tokens, compared, device, **fields):
-    """One log record from all processes' results: sums where lfu_backward divides by the whole step, means elsewhere."""
-    names = ("sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
-    totals, layers = torch.zeros(len(names) + 1, device=device), torch.zeros(compared, device=device)
-    totals[-1] = tokens
-    for r in results:
-        totals[:-1] += torch.stack([r[name] for name in names])
-        layers += r["consistency_per_layer"]
-    distributed.add_up([totals, layers])
-    total = dict(zip(names, totals.tolist()))
-    consistency = total["consistency"] / micro_batches
-    of_sft, of_consistency = total["sft_grad_norm"], total["consistency_grad_norm"]
-    return dict(step=fields.pop("step"), loss=total["sft"] + lam * consistency, sft=total["sft"], consistency=consistency,
-                ascent_norm=total["ascent_norm"] / micro_batches, **fields, tokens=int(totals[-1]),
-                sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
-                consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
-                consistency_per_layer=(layers / micro_batches).tolist())
-
-
-def step_line(r, steps, eta):
-    per_second = r["tokens"] / r["ms"] * 1000
-    return (f"step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:7.4f}  sft {r['sft']:7.4f}  "
-            f"cons {r['consistency']:.2e}  share {r['consistency_share']:4.0%}  ascent |g| {r['ascent_norm']:8.3f}  "
-            f"grad {r['grad_norm']:7.3f}  lr {r['lr']:.1e}  {r['ms']:6.0f} ms  {per_second:7.0f} tok/s  "
-            f"ETA {runs.duration(eta)}")
-
-
-def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device):
-    """Print what is about to run, and one example as the model will see it."""
-    trainable, everything = sum(p.numel() for p in params), sum(p.numel() for p in model.parameters())
-    moved = 0
-    if s.aux != "none":
-        with auxiliary(s.aux, model, params, torch.Generator()) as th_aux:
-            moved = sum(t.numel() for t in th_aux)
-    tokens = sum(len(ids) for ids, _ in examples) / len(examples)
-    versions = runs.environment()["versions"]
-    print(f"lfu_min  aux {s.aux}  lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  tune {s.tune}  "
-          f"device {device}  dtype {s.dtype}  python {versions['python']}  torch {versions['torch']}")
-    shown = lambda path: os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
-    print(f"model    {shown(s.model)}: parameters {trainable:,} trainable, {everything - trainable:,} frozen, {moved:,} auxiliary "
-          "(moved by the ascent)")
-    print(f"data     {shown(s.data)}: {len(examples)} examples kept, {dropped} dropped (longer than {s.max_len} tokens)")
-    print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak lr {s.lr:g}, seed {s.seed}")
-    ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
-    prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels) if (label == -100) == masked])
-                     for masked in (True, False))
-    print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n")
 
 
 if __name__ == "__main__":

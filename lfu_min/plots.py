@@ -53,9 +53,9 @@ def style(i):
     return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
 
 
-def results(path, by_run, subjects):
+def results(path, by_run, subjects, whiskers="one standard error"):
     """One panel for each thing that was measured: bars, spread over wordings, curves over layers, curves over attack
-    steps. by_run: {run: results}."""
+    steps. by_run: {run: results}; whiskers: what `stderr` is, for the caption."""
     kinds = {"layer": layers, "attack": attack, "wording": wordings}
     panels = {}                                              # drawing function -> {run: its results}
     for run, found in by_run.items():
@@ -68,7 +68,7 @@ def results(path, by_run, subjects):
     fig, axes = figure(len(panels))
     notes, name = [], short_names(by_run)
     for axis, (draw, found) in zip(axes, panels.items()):
-        notes.append(draw(axis, {name[run]: rs for run, rs in found.items()}))
+        notes.append(draw(axis, {name[run]: rs for run, rs in found.items()}).replace("{whiskers}", whiskers))
     seeds = sorted({str(s.settings["seed"]) for s in subjects if "seed" in s.settings})
     notes.append(f"Training seed{'s' if len(seeds) > 1 else ''}: {', '.join(seeds)}." if seeds else "")
     finish(fig, axes, path, " ".join(filter(None, notes)))
@@ -101,7 +101,7 @@ def grouped(axis, by_run, scale, single_metric):
     labels = [task.replace(" ", "\n") + ("" if single_metric else f"\n{metric}") for task, metric in groups]
     axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 7 else 30, fontsize=9)
     counts = sorted({r.n for found in by_run.values() for r in found})
-    return f"n = {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} a bar, whiskers: one standard error."
+    return f"n = {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} a bar, whiskers: {{whiskers}}."
 
 
 def bars(axis, by_run):
@@ -156,7 +156,7 @@ def layers(axis, by_run):
     axis.set_xlabel("layer (the last after the final norm)")
     axis.set_ylabel("cosine similarity, clean and noised")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    return f"{found[0].n} texts, whiskers: one standard error."
+    return f"{found[0].n} texts, whiskers: {{whiskers}}."
 
 
 def attack(axis, by_run):
@@ -169,7 +169,7 @@ def attack(axis, by_run):
     axis.set_xlabel("steps of plain SFT on examples that comply")
     axis.set_ylabel("complied and coherent (%)")
     axis.set_ylim(-3, 103)
-    return f"{found[0].n} held-out requests, whiskers: one standard error."
+    return f"{found[0].n} held-out requests, whiskers: {{whiskers}}."
 
 
 def curves(path, subjects):

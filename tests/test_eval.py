@@ -5,6 +5,7 @@ model with a few examples; how good the model is does not matter here.
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -59,6 +60,34 @@ def test_category_mean_and_ranks_by_hand():
     categories.add_ranks(by_run)
     #                                math 1 2 3, knowledge 2.5 2.5 1, reasoning 2 1 3, helpfulness 2 2 2
     assert [by_run[k][-1].value for k in "abc"] == [7.5 / 4, 7.5 / 4, 9 / 4]
+
+
+def test_runs_that_differ_in_the_seed_alone_become_one_by_hand():
+    def subject(name, **settings):
+        return script.Subject(name, name, dict(aux="lora", lam=5.0, lr=1e-3, alpha=0.1) | settings)
+    subjects = [script.Subject("base"), subject("a", seed=1), subject("b", seed=2), subject("c", seed=1, aux="none"),
+                subject("d", seed=1, alpha=0.3), subject("e", seed=3, lam=0)]
+    values = dict(base=0.1, a=0.2, b=0.4, c=0.7, d=0.6, e=0.9)
+    by_run = {name: [Result("math", "exact_match", v, 0.01, 50)] for name, v in values.items()}
+    merged, seeds = script.over_seeds(by_run, subjects)
+    assert seeds == {"base": [None], "LfU lora alpha 0.1": [1, 2], "SFT lam 5.0": [1], "LfU lora alpha 0.3": [1], "SFT lam 0": [3]}
+    (r,), (alone,) = merged["LfU lora alpha 0.1"], merged["SFT lam 5.0"]
+    assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)         # sd of 0.2 and 0.4
+    assert (alone.value, alone.stderr, alone.n) == (0.7, 0.01, 50)
+    assert by_run["a"] == [Result("math", "exact_match", 0.2, 0.01, 50)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--attack", "--attack-steps", "0,2"], ["--wording"]], ids=" ".join)
+def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    settings = json.loads((run / "settings.json").read_text())
+    (again / "settings.json").write_text(json.dumps(settings | {"seed": 7}))
+    flat = script.main([str(run), str(again), *flags, "--over-seeds", "--limit", "3", "--max-new-tokens", "8", *picture(tmp_path)])
+    assert {r["run"] for r in flat} == {"base", "LfU lora"}
+    same = [r for r in flat if r["run"] == "LfU lora" and r["metric"] != "rank"]
+    assert all(r["stderr"] == pytest.approx(0, abs=1e-12) for r in same)      # twice the same weights: no spread
+    assert f"seeds: LfU lora {settings['seed']}, 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag, tasks_, panel", [
