@@ -23,9 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import runs
 from .checkpoint import config_to_dict, load_config, load_model
+from .data import prompt_ids, read_examples
+from .generate import generate
 from .lfu import lfu_backward
 from .lora import TARGET_MODULES, add_lora
 from .model import Llama, LlamaConfig
+from .tokenizer import load_tokenizer
 
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 SHAPES = {                # vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
@@ -233,6 +236,39 @@ def sweep(s, cases):
     return rows
 
 
+def evaluation(s, rounds=3):
+    """Rows (what, unit, ours, theirs, times as fast), medians of `rounds` in turns: loading --model, tokenising all of the
+    file --evaluation, and greedy generation of 64 tokens after its first eight questions. `theirs` is transformers
+    (None where it is not installed), its tokenizer called once with all texts, which it spreads over the cores."""
+    examples = read_examples(s.evaluation)
+    texts, tokenizer = [e.prompt + "\n" + e.answer for e in examples], load_tokenizer(s.model)
+    prompts = [prompt_ids(tokenizer, e.prompt, "plain") for e in examples[:8]]
+    model = load_model(s.model, s.device, s.torch_dtype)
+    tasks = {"loading": [lambda: load_model(s.model, s.device, s.torch_dtype)],
+             f"tokenising {len(texts)} examples": [lambda: [tokenizer.encode(text) for text in texts]],
+             f"generating {len(prompts)} x 64 tokens": [lambda: generate(model, prompts, 64)]}
+    try:
+        import transformers
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(s.model)
+        load = lambda: transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=s.torch_dtype).to(s.device).eval()
+        theirs = load()
+        theirs.generation_config.eos_token_id = None                          # both make all 64 tokens
+        padded = their_tokenizer.pad(dict(input_ids=prompts), padding_side="left", return_tensors="pt").to(s.device)
+        for ours, their in zip(tasks.values(), (load, lambda: their_tokenizer(texts), lambda: theirs.generate(
+                **padded, max_new_tokens=64, do_sample=False, pad_token_id=0))):
+            ours.append(their)
+    except ImportError:
+        pass
+    rows = []
+    for what, functions in tasks.items():
+        times = [[timed(function, s.device) for function in functions] for _ in range(rounds)]
+        ours, *their = (median(column) / 1000 for column in zip(*times))
+        faster = median(b / a for a, b in times) if their else None
+        rows.append(dict(what=what, seconds=ours, their_seconds=their[0] if their else None, faster=faster))
+        print(f"{what:26} {ours:8.2f} s" + (f"   transformers {their[0]:8.2f} s   {faster:.2f}x as fast" if their else ""), flush=True)
+    return rows
+
+
 def get_settings(argv):
     p = argparse.ArgumentParser(prog="python -m lfu_min.bench", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -251,12 +287,15 @@ def get_settings(argv):
     p.add_argument("--no-memory", action="store_true", help="skip the process a case that measures its peak memory")
     p.add_argument("--profile", action="store_true", help="then print where one step of each case spends its time")
     p.add_argument("--sweep", action="store_true", help="then show how our steps grow with tokens, batch and layers")
+    p.add_argument("--evaluation", metavar="FILE", help="instead: loading, tokenising FILE (.json, .jsonl), and generation")
     p.add_argument("--json", metavar="FILE", help="write all results there")
     p.add_argument("--memory-of", choices=(*OURS, *THEIRS), help=argparse.SUPPRESS)
     s = p.parse_args(argv)
     for name, least in (("batch", 1), ("tokens", 2), ("repeats", 1)):
         if getattr(s, name) < least:
             raise ValueError(f"--{name} {getattr(s, name)} should be at least {least}")
+    if s.evaluation and not s.model:
+        raise ValueError("--evaluation needs --model: random weights have no tokenizer")
     s.device = runs.pick_device(s.device)
     s.dtype, s.torch_dtype = runs.pick_dtype(s.dtype, s.device)
     s.config = load_config(s.model) if s.model else SHAPES[s.shape]
@@ -267,6 +306,11 @@ def get_settings(argv):
 def main(argv=None):
     """Run the benchmark and print its table. Returns what --json writes. Raises ValueError on bad input."""
     s = get_settings(argv)
+    if s.evaluation:
+        rows = evaluation(s)
+        if s.json:
+            runs.write_json(s.json, dict(evaluation=rows, threads=torch.get_num_threads(), **runs.environment()))
+        return rows
     batches = make_batches(s.config, s.repeats + 1, s.batch, s.tokens, s.device)
     if s.memory_of:
         step = build(s, [s.memory_of])[s.memory_of]

@@ -114,6 +114,18 @@ def open_weights(file):
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
 
 
+def stored_tensors(names, files):
+    """(name, tensor) one after the other; a file is opened anew after 16 MiB, so that no more of it stays mapped."""
+    left = list(reversed(names))
+    while left:
+        file, mapped = files[left[-1]], 0
+        with open_weights(file) as reader:
+            while left and files[left[-1]] == file and mapped < 2**24:
+                tensor = reader.get_tensor(left[-1])
+                mapped += tensor.nbytes
+                yield left.pop(), tensor
+
+
 def load_model(path, device="cpu", dtype=None):
     """A model.Llama filled from the Hugging Face folder `path`, which needs config.json and safetensors weights only.
 
@@ -144,9 +156,7 @@ def load_model(path, device="cpu", dtype=None):
     if problems:
         rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path} does not fit its config.json: " + "; ".join(problems[:8]) + rest)
-    for name in names:
-        with open_weights(files[name]) as f:                  # opened anew, so that no more of the file stays mapped
-            tensor = f.get_tensor(name)                       # a view of the file: copied below
+    for name, tensor in stored_tensors(names, files):         # a view of the file: copied below
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)

@@ -199,6 +199,18 @@ def test_checkpointing_is_timed_as_train_py_does_it(kind, blocks):
     assert len(calls) == blocks * s.config.num_hidden_layers
 
 
+def test_evaluation_times_loading_tokenising_and_generation(tmp_path, capsys):
+    data = runs.BUNDLED / "data" / "word_problems_validation.jsonl"
+    rows = bench.main(["--model", str(runs.BUNDLED), "--evaluation", str(data), "--dtype", "fp32", "--device", "cpu",
+                       "--json", str(tmp_path / "out.json")])
+    assert [r["what"] for r in rows] == ["loading", "tokenising 128 examples", "generating 8 x 64 tokens"]
+    assert all(r["seconds"] > 0 and (r["faster"] is None or r["faster"] > 0) for r in rows)
+    assert json.loads((tmp_path / "out.json").read_text())["evaluation"] == rows
+    assert "generating 8 x 64 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--evaluation needs --model"):
+        bench.main(["--evaluation", str(data)])
+
+
 @contextmanager
 def counted_blocks():
     calls, forward = [], model.Attention.forward
