@@ -241,6 +241,13 @@ def test_every_token_of_the_fine_tuning_sets_was_pretrained(tokenizer, stream):
         assert [tokenizer.decode([i]) for i in used - trained] == [], name
 
 
+def test_the_bundled_tokenizer_is_the_one_the_command_builds(tmp_path):
+    pytest.importorskip("tokenizers", reason="building a tokenizer needs the package tokenizers (requirements-dev.txt)")
+    vocabulary.build_tokenizer(tmp_path, pretrain.MODEL["vocab_size"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((BUNDLED / name).read_text()), name
+
+
 def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
     batch = pretrain.batches(tokenizer, 0, 0)[0]
     input_ids, targets, weights = pretrain.collate(batch)
