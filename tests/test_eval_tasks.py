@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from conftest import quiet_transformers, tiny_model, transformers_twin
 from lfu_min import evaluate, tasks
-from lfu_min.runs import BUNDLED
+from lfu_min.runs import BUNDLED, ROOT
 from lfu_min.tokenizer import load_tokenizer
 
 BAD = tasks.INVALID
@@ -340,27 +341,96 @@ def test_windowed_perplexity_equals_windows_cut_by_hand(tiny):
 
 # ---- real weights, real files ----------------------------------------------------------------------------------------
 
+def harness_gsm8k(theirs, line):
+    """One line of the file: a greedy reply of up to 256 tokens, the two regex filters of the harness's yaml (first
+    match, last match), then exact_match's regexes_to_ignore and ignore_case on both sides."""
+    record = json.loads(line)
+    row = dict(reply=theirs.generate(f"Question: {record['question']}\nAnswer:", 256))
+    for name, regex, which in (("strict", r"#### (\-?[0-9\.\,]+)", 0),
+                               ("flexible", r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)):
+        found = re.findall(regex, row["reply"])
+        match = found[which] if found else "[invalid]"
+        row[name] = ([m for m in match if m][0] if isinstance(match, tuple) else match).strip()
+        sides = [row[name], record["answer"]]
+        for ignored in (",", r"\$", "(?s).*#### ", r"\.$"):
+            sides = [re.sub(ignored, "", side) for side in sides]
+        row[name + "_match"] = sides[0].lower() == sides[1].lower()
+    return row
+
+
+def harness_piqa(theirs, line, label):
+    """One line of the file and its line of the labels file."""
+    record = json.loads(line)
+    choices = [record["sol1"], record["sol2"]]
+    lls = [theirs.loglikelihood(f"Question: {record['goal']}\nAnswer:", " " + choice)[0] for choice in choices]
+    norm = [ll / len(choice) for ll, choice in zip(lls, choices)]
+    gold = label == "1"
+    return dict(loglikelihoods=lls, acc=(lls[1] > lls[0]) == gold, acc_norm=(norm[1] > norm[0]) == gold)
+
+
+def windowed_nats(theirs, ids, window=1024, stride=512):
+    """-log p of each token but the first: token t is read in the first of the windows 0, stride, 2 stride, ... that
+    holds it, so behind at least window - stride tokens once the text is that long."""
+    begins = [0 if t < window else ((t - window) // stride + 1) * stride for t in range(1, len(ids))]
+    nats = []
+    for begin in sorted(set(begins)):
+        scored = [t for t, b in enumerate(begins, 1) if b == begin]
+        p = theirs.logits(ids[begin:scored[-1]])[scored[0] - 1 - begin:].log_softmax(-1)
+        nats += [-row[ids[t]].item() for row, t in zip(p, scored)]
+    return nats
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k", "piqa", "perplexity"])
-def test_smollm2_on_real_files_equals_transformers(name):
+def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
+    """What `python eval.py --model DIR --task NAME=FILE` prints and writes, example by example. LFU_EXAMPLES=N takes
+    the first N examples of GSM8K (test) or PIQA (validation; it has 1838), or the first N kB of Wikipedia text.
+    Tolerance: equality for replies, extracted numbers and hits; 1e-4 nats a token, 1e-2 a choice (float32 rounding:
+    logits agree far better, torch's float32 cross_entropy of 49,152 classes is 1e-5 too small)."""
     path, folder = os.environ.get("LFU_SMOLLM2"), os.environ.get("LFU_DATA")
     if not path or not folder:
         pytest.skip("LFU_SMOLLM2 and LFU_DATA name no folders with the weights and the data files")
-    transformers = quiet_transformers()
-    from lfu_min.checkpoint import load_model
-    folder, tokenizer, model = Path(folder), load_tokenizer(path), load_model(path, dtype=torch.float32)
+    folder, transformers = Path(folder), quiet_transformers()
+    sys.path.insert(0, str(ROOT))
+    from eval import main
+    n = int(os.environ.get("LFU_EXAMPLES", {"gsm8k": 4, "piqa": 16, "perplexity": 5}[name]))
     theirs = Theirs(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
                     transformers.AutoTokenizer.from_pretrained(path), 8192)
-    if name == "piqa":
-        docs = tasks.read_piqa(folder / "piqa_valid.jsonl", folder / "piqa_valid_labels.lst")[:16]
-        check_choice(theirs, model, tokenizer, docs, 1e-2, batch_size=8)
-    elif name == "gsm8k":
-        docs = tasks.read_gsm8k(folder / "gsm8k_test.jsonl")[:4]
-        results, rows = tasks.gsm8k(model, tokenizer, docs, tasks.Options(max_new_tokens=64, batch_size=4))
-        assert [row["reply"] for row in rows] == [theirs.generate(row["prompt"], 64) for row in rows]
+
+    def ours(file, *flags):
+        results = main(["--model", path, "--task", f"{name}={file}", "--device", "cpu", "--json",
+                        str(tmp_path / "out.json"), *flags])
+        [example] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["examples"]
+        return {r["metric"]: r["value"] for r in results}, {r["n"] for r in results}, example["outputs"]
+
+    def lines(file):
+        return (folder / file).read_text(encoding="utf-8").split("\n")[:n]
+
+    if name == "perplexity":
+        text = (folder / "wikipedia_30.txt").read_bytes()[:1000 * n].decode(errors="ignore")
+        (tmp_path / "text.txt").write_bytes(text.encode())
+        values, counts, [row] = ours(tmp_path / "text.txt")
+        nats = torch.tensor(windowed_nats(theirs, theirs.tokenizer(text)["input_ids"]), dtype=torch.float64)
+        expected = {"perplexity": math.exp(nats.mean()),
+                    "bits_per_byte": nats.sum().item() / math.log(2) / len(text.encode())}
+        n, tolerance = len(nats), 1e-4
+        assert len(row["nats_per_token"]) == n
+        worst = (torch.tensor(row["nats_per_token"], dtype=torch.float64) - nats).abs().max().item()
     else:
-        text = "".join(tasks.read_lines(folder / "wikipedia_30.txt"))[:2400]
-        found, _ = tasks.perplexity(model, tokenizer, [text], tasks.Options(window=2048, stride=1024))
-        ids = theirs.tokenizer(text)["input_ids"]
-        nats = -theirs.logits(ids[:-1]).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
-        assert found[0].value == pytest.approx(math.exp(nats), rel=1e-4)
+        if name == "piqa":
+            labels = "piqa_valid_labels.lst"
+            values, counts, found = ours(f"{folder / 'piqa_valid.jsonl'},{folder / labels}", "--limit", str(n))
+            rows = [harness_piqa(theirs, *pair) for pair in zip(lines("piqa_valid.jsonl"), lines(labels), strict=True)]
+            keys = {"acc": "acc", "acc_norm": "acc_norm"}
+        else:
+            values, counts, found = ours(folder / "gsm8k_test.jsonl", "--limit", str(n))
+            rows = [harness_gsm8k(theirs, line) for line in lines("gsm8k_test.jsonl")]
+            keys = {"strict-match": "strict_match", "flexible-extract": "flexible_match"}
+        expected = {metric: sum(row[key] for row in rows) / n for metric, key in keys.items()}
+        worst, tolerance = 0.0, 1e-2
+        for i, (a, b) in enumerate(zip(found, rows, strict=True)):
+            lls = b.pop("loglikelihoods", [])
+            worst = max([worst, *(abs(x - y) for x, y in zip(lls, a.get("loglikelihoods", [])))])
+            assert {key: a[key] for key in b} == b, f"example {i}: {a} is not {b}, {lls}"
+    print(f"{name}: n {n}, eval.py {values}, transformers {expected}, largest difference {worst:.1e} nats")
+    assert counts == {n} and worst < tolerance and values == pytest.approx(expected, rel=5e-5)
