@@ -24,7 +24,7 @@ from lfu_min.tokenizer import load_tokenizer
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama. BUNDLED: chosen for the bundled
 # model on its validation split (RESULTS.md says how).
 AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
-BUNDLED = dict(epochs=10.0, batch_size=16, accumulate=1, lr=3e-3, max_len=256,
+BUNDLED = dict(epochs=10.0, batch_size=16, accumulate=1, lr=5e-3, max_len=256,
                model=str(runs.BUNDLED), data=str(runs.BUNDLED / "data" / "word_problems_train.jsonl"))
 
 
@@ -56,7 +56,7 @@ def get_settings(argv):
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
     g.add_argument("--group-by-length", action="store_true", help="batches of similar length, sorted within windows of "
                    f"{data.WINDOW}: less padding")
-    g.add_argument("--lr", type=float, help="peak learning rate [0.003 / 0.0001]")
+    g.add_argument("--lr", type=float, help="peak learning rate [0.005 / 0.0001]")
     g.add_argument("--warmup", type=float, default=0.1, help="share of the steps that warm up; then cosine to 0 [0.1]")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; inf = no clipping [1]")
     g = p.add_argument_group("the run")

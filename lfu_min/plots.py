@@ -6,6 +6,7 @@ hatching, so that a picture survives a grey printer. n and seeds stand in the ca
 from itertools import cycle
 import json
 from pathlib import Path
+from statistics import mean, stdev
 import textwrap
 
 COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")   # grey: the base
@@ -170,6 +171,33 @@ def attack(axis, by_run):
     axis.set_ylabel("complied and coherent (%)")
     axis.set_ylim(-3, 103)
     return f"{found[0].n} held-out requests, whiskers: {{whiskers}}."
+
+
+def tradeoff(path, by, what):
+    """What is learned against what is kept, from sweep.py: {setting: [{column: per cent}, one a seed]}. Settings of one
+    `aux` share a line, in the order of what they learned: up and to the right is better."""
+    fig, (axis,) = figure(1)
+    lines = {}                                               # aux -> (label, mean and sd of x, mean and sd of y)
+    for setting, found in by.items():
+        words = dict(word.split("=") for word in setting.split() if "=" in word)
+        aux = words.pop("aux", None)
+        if aux:
+            spread = [(mean(v), stdev(v) if len(v) > 1 else 0)
+                      for v in ([r[column] for r in found] for column in ("word problems", "category mean"))]
+            lines.setdefault(aux, []).append((" ".join(f"{k} {v}" for k, v in words.items()), *spread))
+    names = dict(none="SFT", lora="LfU, LoRA", reps="LfU, RepS", inplace="LfU, in place")
+    for i, (aux, points) in enumerate(lines.items()):
+        points.sort(key=lambda p: p[1])
+        x, y = ([p[k] for p in points] for k in (1, 2))
+        axis.errorbar([v for v, _ in x], [v for v, _ in y], xerr=[e for _, e in x], yerr=[e for _, e in y], ms=7, lw=1.3,
+                      capsize=2, elinewidth=0.8, label=names.get(aux, aux), **style(i))
+        for label, (px, _), (py, _) in points:
+            axis.annotate(label, (px, py), xytext=(6, 6), textcoords="offset points", fontsize=8, color=style(i)["color"])
+    axis.set_xlabel("word problems, right answers (%)")
+    axis.set_ylabel("mean of the other four categories (%)")
+    seeds = sorted({len(found) for setting, found in by.items() if setting != "base"})
+    finish(fig, [axis], path, f"{what}; a point is the mean of {' or '.join(map(str, seeds))} seeds, whiskers: standard "
+           "deviation over seeds. Up and to the right is better.")
 
 
 def curves(path, subjects):

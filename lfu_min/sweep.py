@@ -2,7 +2,8 @@
 
     python -m lfu_min.sweep --out runs/sweep aux=none,lora,reps lr=1e-3,2e-3 seed=0,1,2
 
-Each word is a flag of train.py (without the dashes) and its values; all combinations are run. A combination that has its
+Each word is a flag of train.py (without the dashes) and its values; all combinations are run; `+` begins another grid for
+the same table. A combination that has its
 scores_<split>.json already is not run again, so an interrupted sweep goes on where it stopped. Settings are chosen on
 --split validation; --split test is for the numbers one reports. This is where RESULTS.md's tables come from.
 """
@@ -19,7 +20,7 @@ import time
 
 import torch
 
-from . import categories, runs, tasks
+from . import categories, plots, runs, tasks
 from .adapter import load_adapter
 from .checkpoint import load_model
 from .tokenizer import load_tokenizer
@@ -28,7 +29,12 @@ COLUMNS = (categories.IN_DOMAIN, *categories.CATEGORIES, "category mean")
 
 
 def parse_grid(words):
-    """["lr=1e-3,2e-3", "seed=0,1"] -> [{"lr": "1e-3", "seed": "0"}, ...], all combinations."""
+    """["lr=1e-3,2e-3", "seed=0,1"] -> [{"lr": "1e-3", "seed": "0"}, ...], all combinations; "+" begins another grid."""
+    if "+" in words:
+        at = words.index("+")
+        return parse_grid(words[:at]) + parse_grid(words[at + 1:])
+    if not words:
+        raise ValueError("'+' stands between two grids, like aux=none seed=0 + aux=lora seed=0")
     grid = {}
     for word in words:
         name, equals, values = word.partition("=")
@@ -100,7 +106,10 @@ def main(argv=None):
     p.add_argument("--jobs", type=int, default=2, help="runs at one time, each in a process of its own")
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--json", type=Path, help="write the table's numbers here")
+    p.add_argument("--plot", metavar="FILE.png", help="learned against kept, a point a setting (needs matplotlib)")
     s = p.parse_args(argv)
+    if s.plot:
+        plots.check(s.plot)
     settings = parse_grid(s.grid)
     started, rows = time.time(), []
     with ProcessPoolExecutor(s.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -117,6 +126,8 @@ def main(argv=None):
     show(by)
     if s.json:
         runs.write_json(s.json, {"split": s.split, "grid": s.grid, "rows": by})
+    if s.plot:
+        plots.tradeoff(s.plot, by, f"{s.split} split")
     return by
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(tmp_path, name, launcher, *flags):
     done = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), "--device", "cpu", "--batch-size", "4", "--max-steps", "3",
-                           "--aux", "lora", "--alpha", "0.02", "--out", str(tmp_path / name), "--ask", "What is 1 + 1?", *flags],
+                           "--aux", "lora", "--alpha", "0.02", "--lr", "3e-3", "--out", str(tmp_path / name), "--ask", "What is 1 + 1?", *flags],
                           cwd=tmp_path, capture_output=True, text=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] if done.returncode == 0 else []

@@ -393,7 +393,7 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
     folder, transformers = Path(folder), quiet_transformers()
     sys.path.insert(0, str(ROOT))
     from eval import main
-    n = int(os.environ.get("LFU_EXAMPLES", {"gsm8k": 4, "piqa": 16, "perplexity": 5}[name]))
+    n = int(os.environ.get("LFU_EXAMPLES", {"gsm8k": 4, "piqa": 16, "perplexity": 6}[name]))
     theirs = Theirs(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
                     transformers.AutoTokenizer.from_pretrained(path), 8192)
 
