@@ -18,6 +18,7 @@ from .lora import LoRALinear, wrap_linears
 
 PATIENCE = datetime.timedelta(minutes=10)     # to wait for another process; torchrun ends the rest at once where one dies
 
+
 def join(device):
     """Join the other processes that torchrun started. Returns (rank, number of processes, this process's device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -3,7 +3,7 @@
 Everything eval.py reports is made of the three functions score (log-likelihood and greedy match of continuations),
 reply (generated text up to a stop string) and text_nats (every token of a long text, in windows). tasks.py puts real
 benchmarks on top of them, categories.py the bundled world, robustness.py Figures 3, 5 and 6.
-Definitions: lm-evaluation-harness's. Verified in tests/test_evaluate.py against transformers on the same examples.
+Definitions: lm-evaluation-harness's. Verified in tests/test_eval_tasks.py against transformers on the same examples.
 """
 import math
 from typing import NamedTuple

@@ -9,7 +9,7 @@ the end lists them with their readers. To add one, write both and add a line. Ex
     hellaswag   {"activity_label": "...", "ctx_a": "...", "ctx_b": "...", "endings": ["...", ...], "label": 2}
     lambada     {"text": "... the last word is asked for"}
 
-Called by eval.py --task NAME=FILE[,LABELS]. Verified in tests/test_tasks.py: extraction on hand-made answers, and every
+Called by eval.py --task NAME=FILE[,LABELS]. Verified in tests/test_eval_tasks.py: extraction on hand-made answers, and every
 number against a computation with transformers on the same examples.
 """
 import json
