@@ -192,7 +192,9 @@ def tradeoff(path, by, what):
         axis.errorbar([v for v, _ in x], [v for v, _ in y], xerr=[e for _, e in x], yerr=[e for _, e in y], ms=7, lw=1.3,
                       capsize=2, elinewidth=0.8, label=names.get(aux, aux), **style(i))
         for label, (px, _), (py, _) in points:
-            axis.annotate(label, (px, py), xytext=(6, 6), textcoords="offset points", fontsize=8, color=style(i)["color"])
+            dx, dy, side = ((6, 6, "left"), (-6, -13, "right"), (6, 6, "left"), (6, -13, "left"))[i % 4]
+            axis.annotate(label, (px, py), xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8,
+                          color=style(i)["color"])
     axis.set_xlabel("word problems, right answers (%)")
     axis.set_ylabel("mean of the other four categories (%)")
     seeds = sorted({len(found) for setting, found in by.items() if setting != "base"})

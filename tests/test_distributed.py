@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import difference
 from lfu_min.adapter import load_adapter
 from lfu_min.checkpoint import load_model
 from lfu_min.runs import BUNDLED
@@ -112,9 +113,9 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
 def test_the_gradients_of_a_sharded_model_are_those_of_a_whole_one(settings, tmp_path):
     """Three micro-batches on two processes that hold half of the weights each, against one process."""
     one, two = (gradients(tmp_path, name, *settings) for name in ("one", "shard"))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-10, atol=1e-14)
+    worst = difference(two, one)
+    print(f"largest difference {worst:.1e}")
+    assert worst <= 1e-10
 
 
 @pytest.mark.slow
