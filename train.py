@@ -66,7 +66,7 @@ def get_settings(argv):
                    help="of matrix products; auto = fp16 on CUDA, else fp32 [auto]")
     g.add_argument("--activation-checkpointing", nargs="?", const="both", choices=("both", "first"), help="less memory, "
                    "one more forward a backward; first = only in the first pass: the second keeps its activations")
-    g.add_argument("--compile", action="store_true", help="torch.compile every block: minutes to start, then faster steps")
+    g.add_argument("--compile", action="store_true", help="torch.compile every block: a minute or more to start")
     g.add_argument("--shard", action="store_true", help="with torchrun: every process holds a part of the model")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN]")
     g.add_argument("--ask", action="append", metavar="QUESTION", help="answer this before and after; repeatable "
