@@ -1,0 +1,63 @@
+"""Claim: on a CUDA GPU the step gives the CPU's gradients, never waits for the GPU, and train.py's default is float16 there.
+
+Without a GPU only the choice of the dtype can be checked.
+"""
+import json
+
+import pytest
+import torch
+
+import train
+from lfu_min import lfu_backward, runs
+from test_lfu import difference, tiny, tiny_batch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+AUX = ("lora", "reps", "inplace", "none")
+
+
+def test_float16_is_the_default_on_cuda_and_float32_elsewhere():
+    assert runs.pick_dtype("auto", torch.device("cuda")) == ("fp16", torch.float16)
+    assert runs.pick_dtype("auto", torch.device("cpu")) == ("fp32", torch.float32)
+    assert runs.pick_dtype("bf16", torch.device("cuda")) == ("bf16", torch.bfloat16)
+
+
+def step(model, ids, labels, aux):
+    """The gradients of one step, on the CPU; the auxiliary LoRA's A comes from a CPU generator, so it is the same."""
+    model.zero_grad()
+    result = lfu_backward(model, ids.to(next(model.parameters()).device), labels, aux=aux,
+                          generator=torch.Generator().manual_seed(7))
+    return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}, result
+
+
+@needs_gpu
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("aux", AUX)
+def test_the_step_gives_the_cpus_gradients(aux, tune):
+    model, batch = tiny(tune), tiny_batch()                                   # float64
+    expected, on_cpu = step(model, *batch, aux)
+    got, on_gpu = step(model.cuda(), *batch, aux)
+    assert difference(got, expected) <= 1e-8
+    for name in on_cpu:
+        torch.testing.assert_close(on_gpu[name].cpu(), on_cpu[name])
+
+
+@needs_gpu
+@pytest.mark.parametrize("aux", AUX)
+def test_nothing_in_a_step_waits_for_the_gpu(aux):
+    model, (ids, labels) = tiny("lora", torch.float32).cuda(), tiny_batch()
+    ids = ids.cuda()
+    for mode in ("default", "error"):                                         # once to warm up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            lfu_backward(model, ids, labels, aux=aux, generator=torch.Generator("cuda").manual_seed(7))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [["--aux", "lora"], ["--aux", "reps", "--activation-checkpointing", "first"],
+                                   ["--aux", "inplace", "--dtype", "bf16"], ["--aux", "lora", "--tune", "full", "--lr", "1e-4"]])
+def test_train_py_learns_on_the_gpu(flags, tmp_path):
+    out, log = train.main([*flags, "--device", "cuda", "--max-steps", "20", "--out", str(tmp_path / "run")])
+    assert json.loads((out / "settings.json").read_text())["dtype"] == ("bf16" if "bf16" in flags else "fp16")
+    assert sum(r["sft"] for r in log[-3:]) < sum(r["sft"] for r in log[:3])
