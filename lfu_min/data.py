@@ -110,7 +110,7 @@ def batch_order(n, batch_size, seed, step, lengths=None):
     """The examples (indices into n) of optimizer step `step`, counted from 0 over all epochs -> list of ints.
 
     Every epoch is a new permutation, drawn from (seed, epoch) alone, and its last batch may be smaller. A function of
-    the step and of nothing that went before, so a resumed run sees what the uninterrupted one would have seen.
+    the step and of nothing that went before.
     lengths: tokens of each example. Where given, every window of WINDOW batches of the permutation is cut into batches
     of similar length, in random order: less padding, and still each example once an epoch.
     """

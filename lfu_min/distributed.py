@@ -2,8 +2,8 @@
 
 Every process holds the whole model, computes the gradients of its own micro-batches, and all gradients are summed before
 the optimizer step. The ascent belongs to a micro-batch, so auxiliary tensors are never communicated. Hence N processes
-with 1 micro-batch each do what 1 process does with N (tests/test_distributed.py). Without torchrun every function here
-does nothing.
+with 1 micro-batch each do what 1 process does with N (tests/test_distributed.py). Without torchrun all but the functions
+for --shard do nothing.
 
 With --shard no process holds the whole model: parameters, gradients and optimizer state are cut into N parts, and
 torch's `fully_shard` brings a block's weights together when that block runs.

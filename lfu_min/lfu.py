@@ -227,7 +227,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
             g = [t.grad for t in moved]
             for t in moved:
                 t.grad = None
-        # 1. One forward, with th_aux at zero effect: h, and from its last layer l_SFT (Eq 1, 3).
+        # 1. One forward, with th_aux at zero effect: h (Eq 3), whose last layer gives l_SFT in step 2 (Eq 1).
         h = states(input_ids, predicting)
         # 2. One backward: the gradients of th and of th_aux.
         sft = sft_backward(model, h[-1], targets, divisor, loss_scale)
