@@ -236,8 +236,8 @@ def sweep(s, cases):
     return rows
 
 
-def evaluation(s, rounds=3):
-    """Rows (what, unit, ours, theirs, times as fast), medians of `rounds` in turns: loading --model, tokenising all of the
+def evaluation(s):
+    """Rows (what, unit, ours, theirs, times as fast), medians of --repeats in turns: loading --model, tokenising all of the
     file --evaluation, and greedy generation of 64 tokens after its first eight questions. `theirs` is transformers
     (None where it is not installed), its tokenizer called once with all texts, which it spreads over the cores."""
     examples = read_examples(s.evaluation)
@@ -261,7 +261,7 @@ def evaluation(s, rounds=3):
         pass
     rows = []
     for what, functions in tasks.items():
-        times = [[timed(function, s.device) for function in functions] for _ in range(rounds)]
+        times = [[timed(function, s.device) for function in functions] for _ in range(s.repeats)]
         ours, *their = (median(column) / 1000 for column in zip(*times))
         faster = median(b / a for a, b in times) if their else None
         rows.append(dict(what=what, seconds=ours, their_seconds=their[0] if their else None, faster=faster))
