@@ -28,7 +28,7 @@ from lfu_min.tokenizer import load_tokenizer
 
 # What a run was trained with, apart from its seed: --over-seeds puts runs together that agree in all of these.
 SETTINGS = ("lr", "alpha", "lam", "layers", "ascent_batch", "tune", "r", "lora_alpha", "target_modules", "epochs", "max_steps",
-            "batch_size", "accumulate", "warmup", "clip", "data_sha256", "template")
+            "batch_size", "accumulate", "group_by_length", "warmup", "clip", "max_len", "data_sha256", "template", "dtype")
 SHARES = {"exact_match", "strict-match", "flexible-extract", "acc", "acc_norm", "compliance", "not refused", "coherent"}
 
 

@@ -201,6 +201,7 @@ def peak_memory(s, case):
     argv = [sys.executable, "-m", "lfu_min.bench", "--memory-of", case, "--device", str(s.device), "--dtype", s.dtype]
     for name in ("model", "shape", "batch", "tokens", "tune", "activation_checkpointing"):
         argv += [f"--{name.replace('_', '-')}", str(getattr(s, name))] if getattr(s, name) else []
+    argv += ["--compile"] * s.compile
     path = os.pathsep.join([str(runs.ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:

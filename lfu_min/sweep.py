@@ -2,10 +2,10 @@
 
     python -m lfu_min.sweep --out runs/sweep aux=none,lora,reps lr=1e-3,2e-3 seed=0,1,2
 
-Each word is a flag of train.py (without the dashes) and its values; all combinations are run; `+` begins another grid for
-the same table. A combination that has its
-scores_<split>.json already is not run again, so an interrupted sweep goes on where it stopped. Settings are chosen on
---split validation; --split test is for the numbers one reports. This is where RESULTS.md's tables come from.
+Each word is a flag of train.py (without the dashes) and its values; all combinations are run; `+` begins another grid
+for the same table. A combination that has its scores_<split>.json already is not run again, so an interrupted sweep
+goes on where it stopped. Settings are chosen on --split validation; --split test is for the numbers one reports. This is
+where RESULTS.md's tables come from.
 """
 import argparse
 from concurrent.futures import ProcessPoolExecutor
