@@ -99,8 +99,8 @@ def main(argv=None):
 
     # ---- everything that can be wrong is looked at before anything slow starts
     rank, world, device = distributed.join(runs.pick_device(s.device))        # 0, 1, device without torchrun
-    if s.shard and world == 1:
-        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
+    if s.shard:
+        distributed.check_shard(world, device)
     say = print if rank == 0 else lambda *words, **options: None
     s.dtype, dtype = runs.pick_dtype(s.dtype, device)
     runs.check_out(s.out or "runs/new")

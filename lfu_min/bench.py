@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import runs
 from .checkpoint import config_to_dict, load_config, load_model
+from .count import count_step
 from .data import prompt_ids, read_examples
 from .generate import generate
 from .lfu import lfu_backward
@@ -237,6 +238,18 @@ def sweep(s, cases):
     return rows
 
 
+def count(s, cases):
+    """{case: TFLOP, their ratio to SFT's, GiB} of our steps, counted on tensors without data (count.py)."""
+    rows = {}
+    print(f"{'case':10} {'TFLOP':>9} {'x sft':>7} {'peak GiB':>9}")
+    for case in cases:
+        flops, peak = count_step(s.config, OURS[case], s.batch, s.tokens, s.tune, s.torch_dtype, s.activation_checkpointing)
+        ratio = flops / 1e12 / rows["sft"]["tflop"] if rows else 1.0
+        rows[case] = dict(tflop=flops / 1e12, ratio_to_sft=ratio, peak_gib=peak / 2**30)
+        print(f"{case:10} {flops / 1e12:9.3f} {ratio:7.2f} {peak / 2**30:9.2f}", flush=True)
+    return rows
+
+
 def evaluation(s):
     """Rows (what, unit, ours, theirs, times as fast), medians of --repeats in turns: loading --model, tokenising all of the
     file --evaluation, and greedy generation of 64 tokens after its first eight questions. `theirs` is transformers
@@ -286,6 +299,8 @@ def get_settings(argv):
     p.add_argument("--activation-checkpointing", choices=("both", "first"), help="as in train.py; theirs, too")
     p.add_argument("--compile", action="store_true", help="torch.compile our blocks; the untimed turn bears the compilation")
     p.add_argument("--no-memory", action="store_true", help="skip the process a case that measures its peak memory")
+    p.add_argument("--count", action="store_true", help="instead: count operations and memory of our steps without running "
+                   "them, for any --shape and --dtype, on any machine")
     p.add_argument("--profile", action="store_true", help="then print where one step of each case spends its time")
     p.add_argument("--sweep", action="store_true", help="then show how our steps grow with tokens, batch and layers")
     p.add_argument("--evaluation", metavar="FILE", help="instead: loading, tokenising FILE (.json, .jsonl), and generation")
@@ -304,6 +319,10 @@ def get_settings(argv):
     return s
 
 
+def printable(s):
+    return {**vars(s), "config": asdict(s.config), "device": str(s.device), "torch_dtype": str(s.torch_dtype)}
+
+
 def main(argv=None):
     """Run the benchmark and print its table. Returns what --json writes. Raises ValueError on bad input."""
     s = get_settings(argv)
@@ -312,6 +331,14 @@ def main(argv=None):
         if s.json:
             runs.write_json(s.json, dict(evaluation=rows, threads=torch.get_num_threads(), **runs.environment()))
         return rows
+    cases = ["sft"] + [case for case in s.cases if case != "sft"]             # the ratios need it
+    if s.count:
+        print(f"{s.model or s.shape}: {s.batch} x {s.tokens} tokens, half supervised, tune {s.tune}, {s.dtype}"
+              + (f", checkpointing {s.activation_checkpointing}" if s.activation_checkpointing else "") + "; counted, not run")
+        out = dict(settings=printable(s), count=count(s, [case for case in cases if case in OURS]))
+        if s.json:
+            runs.write_json(s.json, out)
+        return out
     batches = make_batches(s.config, s.repeats + 1, s.batch, s.tokens, s.device)
     if s.memory_of:
         step = build(s, [s.memory_of])[s.memory_of]
@@ -320,7 +347,6 @@ def main(argv=None):
         peak = runs.peak_memory_mib(s.device)
         print(peak)
         return peak
-    cases = ["sft"] + [case for case in s.cases if case != "sft"]             # the ratios need it
     try:
         versions = {package: version(package) for package in ("transformers", "peft")}
     except PackageNotFoundError as error:
@@ -341,8 +367,7 @@ def main(argv=None):
         print(f"{case:10} {r['ms']:10.1f} ({r['ms_min']:.1f} - {r['ms_max']:.1f})".ljust(38) +
               f"{r['tokens_per_s']:9.0f} {r['ratio_to_sft']:8.2f} ({r['ratio_min']:.2f} - {r['ratio_max']:.2f}) "
               f"{r['tflop']:8.3f} {r['share_of_matmul_rate']:8.0%} {r['peak_mib'] or float('nan'):9.0f}", flush=True)
-    settings = {**vars(s), "config": asdict(s.config), "device": str(s.device), "torch_dtype": str(s.torch_dtype)}
-    out = dict(settings=settings, threads=torch.get_num_threads(), **runs.environment(), compared_with=versions,
+    out = dict(settings=printable(s), threads=torch.get_num_threads(), **runs.environment(), compared_with=versions,
                matmul_tflops=rate, cases=results, compared=[])
     for theirs, ours in COMPARED:
         if theirs in results and ours in results:

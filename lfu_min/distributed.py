@@ -35,17 +35,26 @@ def join(device):
 
 
 def leave():
+    """Part from the other processes, all at one time."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+
+
+last_message = None                           # see add_up
 
 
 @torch.no_grad()
 def add_up(tensors):
     """Sum each tensor over all processes, in place, in one message."""
+    global last_message
     if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
+    # Kept until the next one: a thread of gloo's may be the last to let go of it, and needs Python's lock for that, while
+    # destroy_process_group holds the lock and waits for the thread. (Seen with torch 2.6: one run in three never ended.)
+    last_message = flat
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(part.view_as(t))
 
@@ -62,6 +71,15 @@ def add_up_gradients(params):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add_up([p.grad for p in params])
+
+
+def check_shard(world, device):
+    """Raises ValueError where --shard cannot work."""
+    if world == 1:
+        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
+    # torch 2.6 stops there; in 2.7 and 2.8 gloo sums the gradients where fully_shard asks for their mean, without a word.
+    if device.type == "cpu" and torch.__version__ < (2, 9):
+        raise ValueError(f"--shard on the CPU needs torch 2.9 or newer; this is torch {torch.__version__}")
 
 
 def shard(model, device):

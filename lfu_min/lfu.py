@@ -211,7 +211,8 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
 
     if lam == 0 or aux == "none":                                             # plain SFT
         with own_gradients(params, loss_scale):
-            sft = sft_backward(model, states(input_ids, predicting)[-1], targets, divisor, loss_scale)
+            h = model.hidden_states(input_ids)[-1].flatten(0, 1)[predicting]
+            sft = sft_backward(model, h, targets, divisor, loss_scale)
             sft_grad_norm = joint_norm([p.grad for p in params]) / loss_scale
         nothing = torch.zeros_like(sft)
         return dict(sft=sft, consistency=nothing, ascent_norm=nothing, consistency_per_layer=nothing.expand(len(compared)),

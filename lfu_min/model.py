@@ -102,7 +102,6 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         dtype = self.q_proj.matmul_dtype or self.q_proj.weight.dtype
-        x = x.to(dtype)                                                       # once, not in each of q, k, v
         split = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, T, H*d) -> (B, H, T, d)
         q = rotate(split(self.q_proj(x)), *rope).to(dtype)                    # (B, H, T, d)
         k = rotate(split(self.k_proj(x)), *rope).to(dtype)                    # (B, K, T, d)
@@ -124,7 +123,6 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        x = x.to(self.gate_proj.matmul_dtype or self.gate_proj.weight.dtype)
         gate = at_least_float32(self.gate_proj(x))                            # (B, T, intermediate)
         return self.down_proj(F.silu(gate) * self.up_proj(x))                 # SwiGLU: (B, T, D)
 

@@ -1,6 +1,8 @@
 """Claim: on a CUDA GPU the step gives the CPU's gradients, never waits for the GPU, and train.py's default is float16 there.
 
-Without a GPU only the choice of the dtype can be checked.
+Without a GPU, tensors without data stand in for one: those of device "meta" have no numbers to wait for, and torch's
+fake tensors of a device that is not the CPU ("lazy") refuse an operation on two devices, as a GPU's do. What they
+cannot show, CUDA's own numbers, is skipped.
 """
 import json
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import train
-from lfu_min import lfu_backward, runs
+from lfu_min import bench, count, lfu_backward, model as model_module, runs
 from test_lfu import difference, tiny, tiny_batch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -19,6 +21,39 @@ def test_float16_is_the_default_on_cuda_and_float32_elsewhere():
     assert runs.pick_dtype("auto", torch.device("cuda")) == ("fp16", torch.float16)
     assert runs.pick_dtype("auto", torch.device("cpu")) == ("fp32", torch.float32)
     assert runs.pick_dtype("bf16", torch.device("cuda")) == ("bf16", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("aux", AUX)
+def test_a_step_asks_for_no_number_of_its_tensors(aux, tune, dtype):
+    """Asking is waiting: .item(), float(), bool(), .cpu() and nonzero() all raise on meta. Labels may stay on the CPU."""
+    model, (ids, labels) = tiny(tune, torch.float32).to("meta"), tiny_batch()
+    model.set_matmul_dtype(dtype)
+    for checkpointing in (False, True):
+        model.activation_checkpointing = checkpointing
+        result = lfu_backward(model, ids.to("meta"), labels, aux=aux, generator=torch.Generator().manual_seed(7),
+                              ascent_batch=(ids.to("meta"), labels) if aux != "none" else None)
+        assert all(tensor.device.type == "meta" for tensor in result.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("aux", AUX)
+def test_a_step_stays_on_the_models_device(aux, tune, dtype):
+    count.count_step(bench.SHAPES["bundled"], aux, 2, 16, tune, dtype, device="lazy")
+
+
+def test_the_stand_ins_notice_a_tensor_left_on_the_cpu_and_a_wait(monkeypatch):
+    tables = model_module.rope_tables
+    monkeypatch.setattr(model_module, "rope_tables", lambda c, positions, dtype: tables(c, torch.zeros_like(
+        positions, device="cpu"), dtype))
+    with pytest.raises(RuntimeError, match="(?i)device"):
+        count.count_step(bench.SHAPES["bundled"], "none", 2, 16, device="lazy")
+    monkeypatch.setattr(model_module, "rope_tables", lambda c, positions, dtype: tables(c, positions + int(
+        positions.max()), dtype))
+    with pytest.raises(RuntimeError, match="meta"):
+        lfu_backward(tiny("lora", torch.float32).to("meta"), tiny_batch()[0].to("meta"), tiny_batch()[1], aux="none")
 
 
 def step(model, ids, labels, aux):

@@ -3,6 +3,7 @@ processes on the CPU."""
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lfu_min import distributed
 from lfu_min.adapter import load_adapter
 from lfu_min.checkpoint import load_model
 from lfu_min.runs import BUNDLED
 
+shards = pytest.mark.skipif(torch.__version__ < (2, 9), reason="--shard on the CPU needs torch 2.9 or newer")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -106,6 +109,7 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@shards
 @pytest.mark.parametrize("settings", [("lora", "lora", "tied", "both"), ("reps", "lora", "untied", "first"),
                                       ("lora", "full", "untied", "none"), ("reps", "full", "tied", "none")],
                          ids="-".join)
@@ -118,6 +122,7 @@ def test_the_gradients_of_a_sharded_model_are_those_of_a_whole_one(settings, tmp
 
 
 @pytest.mark.slow
+@shards
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_sharded_run_saves_what_an_ordinary_one_saves(tune, tmp_path):
     flags = "--tune", tune, *(["--lr", "1e-4"] if tune == "full" else [])
@@ -172,3 +177,14 @@ train.main(sys.argv[2:])
 def test_sharding_that_cannot_be_is_refused(flags, message, tmp_path):
     done, _ = run(tmp_path, "out", [], *flags)
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_sharding_on_the_cpu_of_an_older_torch_is_refused(monkeypatch):
+    """Its gradients would be N times too large."""
+    for version in ("2.6.0+cu124", "2.8.1"):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        distributed.check_shard(2, torch.device("cuda"))
+        with pytest.raises(ValueError, match=f"torch 2.9 or newer; this is torch {re.escape(version)}$"):
+            distributed.check_shard(2, torch.device("cpu"))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
+    distributed.check_shard(2, torch.device("cpu"))

@@ -129,16 +129,22 @@ def test_steered_states_equal_transformers_with_the_same_hooks():
     reference.load_state_dict(model.state_dict())
 
     def expected(layers):                                   # vectors[i] on the block layers[i]
+        # States are recorded here: whether output_hidden_states sees what hooks change depends on transformers' version.
+        states = []
+
         def add(d):
-            return lambda module, inputs, out: (out[0] + d, *out[1:]) if isinstance(out, tuple) else out + d
-        # In front of transformers' own hooks, which record hidden_states.
-        attached = [reference.model.layers[i].register_forward_hook(add(d), prepend=True)
-                    for i, d in zip(layers, vectors)]
+            def hook(module, inputs, out):
+                states.append((out[0] if isinstance(out, tuple) else out) + d)
+                return (states[-1], *out[1:]) if isinstance(out, tuple) else states[-1]
+            return hook
+        decoder = reference.model
+        attached = [decoder.embed_tokens.register_forward_hook(add(0)), decoder.norm.register_forward_hook(add(0)),
+                    *(decoder.layers[i].register_forward_hook(add(d)) for i, d in zip(layers, vectors))]
         with torch.no_grad():
-            states = reference(some_ids(), output_hidden_states=True).hidden_states
+            reference(some_ids())
         for hook in attached:
             hook.remove()
-        return states
+        return states[:L] + states[-1:]                     # the last block's state is taken after the final norm
 
     got = steered_states(model, vectors)
     right, wrong = expected(range(L)), expected(reversed(range(L)))           # the planted mistake: vectors swapped
