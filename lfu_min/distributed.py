@@ -10,6 +10,7 @@ torch's `fully_shard` brings a block's weights together when that block runs.
 """
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -35,26 +36,25 @@ def join(device):
 
 
 def leave():
-    """Part from the other processes, all at one time."""
+    """Part from the other processes, all at one time.
+
+    The pause: to let go of its last tensor, a thread of gloo's may need Python's lock. It must not ask for it while
+    destroy_process_group holds the lock and waits for the thread (a hang, with torch 2.6), nor when Python has ended
+    (an abort, with torch 2.13).
+    """
     if dist.is_initialized():
         dist.barrier()
+        time.sleep(0.5)
         dist.destroy_process_group()
-
-
-last_message = None                           # see add_up
 
 
 @torch.no_grad()
 def add_up(tensors):
     """Sum each tensor over all processes, in place, in one message."""
-    global last_message
     if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    # Kept until the next one: a thread of gloo's may be the last to let go of it, and needs Python's lock for that, while
-    # destroy_process_group holds the lock and waits for the thread. (Seen with torch 2.6: one run in three never ended.)
-    last_message = flat
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(part.view_as(t))
 
