@@ -20,7 +20,7 @@ from lfu_min import bench, count, lfu, runs
 from lfu_min.checkpoint import parse_config
 from lfu_min.lora import add_lora
 
-CONFIG = parse_config({**TINY, "hidden_size": 64, "intermediate_size": 160})
+CONFIG = parse_config({**TINY, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160})
 
 
 def real_step(counter, aux, tune, dtype, checkpointing):
