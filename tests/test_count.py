@@ -43,6 +43,14 @@ def test_counting_and_running_agree_to_the_byte(aux, checkpointing, tune, dtype)
     assert flops == real_step(FlopCounterMode(display=False), aux, tune, dtype, checkpointing).get_total_flops()
 
 
+def test_the_counted_step_is_the_benchmarks():
+    """Half of its tokens are supervised; the head works on no others."""
+    model, batches = add_lora(count.empty_model(CONFIG, torch.float32)), bench.make_batches(CONFIG, 2, 2, 24, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        bench.our_step(model, "lora")(*batches)
+    assert count.count_step(CONFIG, "lora", 2, 24)[0] == counter.get_total_flops()
+
+
 def test_bytes_are_counted_once_and_until_they_are_freed():
     with count.LiveBytes() as live:
         a = torch.zeros(1000)
