@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 import json
 import os
+from pathlib import Path
 from statistics import median
 import subprocess
 import sys
@@ -310,6 +311,8 @@ def get_settings(argv):
     for name, least in (("batch", 1), ("tokens", 2), ("repeats", 1)):
         if getattr(s, name) < least:
             raise ValueError(f"--{name} {getattr(s, name)} should be at least {least}")
+    if s.json and not Path(s.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {s.json}: the folder {Path(s.json).parent} does not exist")
     if s.evaluation and not s.model:
         raise ValueError("--evaluation needs --model: random weights have no tokenizer")
     s.device = runs.pick_device(s.device)

@@ -207,6 +207,8 @@ def test_evaluation_times_loading_tokenising_and_generation(tmp_path, capsys):
     assert all(r["seconds"] > 0 and (r["faster"] is None or r["faster"] > 0) for r in rows)
     assert json.loads((tmp_path / "out.json").read_text())["evaluation"] == rows
     assert "generating 8 x 64 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--json no/where.json: the folder no does not exist"):
+        settings("--json", "no/where.json")
     with pytest.raises(ValueError, match="--evaluation needs --model"):
         bench.main(["--evaluation", str(data)])
 
