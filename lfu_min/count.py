@@ -1,8 +1,9 @@
 """What a step takes, counted without taking it:  python -m lfu_min.bench --shape Llama-3.1-8B --dtype fp16 --count
 
 The step runs on torch's fake tensors, which have a shape and a dtype but no data: nothing is computed and nothing
-allocated, so a laptop can tell in seconds whether a model fits on a GPU. tests/test_count.py checks that a real step on
-the CPU makes and keeps exactly the same bytes. A GPU differs a little: other kernels, their workspaces, rounded blocks.
+allocated, so a laptop can tell in half a minute whether an 8B model fits on a GPU. tests/test_count.py checks that a real
+step on the CPU makes and keeps exactly the same bytes. A GPU differs a little: other kernels, their workspaces, rounded
+blocks.
 """
 from unittest import mock
 import weakref
