@@ -2,9 +2,9 @@
 
 Read model.py (skim), lora.py and steering.py, lfu.py (slowly), then train.py in the folder above.
 """
-from .adapter import export_merged, load_adapter, save_adapter
-from .checkpoint import load_model, save_model
-from .generate import generate
+from .files.adapter import export_merged, load_adapter, save_adapter
+from .files.checkpoint import load_model, save_model
+from .scoring.generate import generate
 from .lfu import lfu_backward
 from .lora import add_lora
-from .tokenizer import load_tokenizer
+from .files.tokenizer import load_tokenizer

@@ -1,12 +1,14 @@
-"""LoRA by hand: y = W x + (lora_alpha / r) B A x, with W frozen; and the auxiliary LoRA that LfU's ascent step worsens.
+"""LoRA by hand: y = W x + (lora_alpha / r) B A x, with W frozen; and the auxiliary LoRA that LfU's
+ascent step worsens.
 
-The trained LoRA is peft's: same initialisation, scaling, gradients (tests/test_lora.py); adapter.py reads and writes its
-files. The auxiliary one (paper, section 3.1: the auxiliary model is th + LoRA) has the same form but lives for one
-micro-batch: attached by `aux_lora`, moved by lfu.ascend, gone when its `with` block ends.
+The trained LoRA is peft's: same initialisation, scaling, gradients (tests/test_lora.py); adapter.py
+reads and writes its files. The auxiliary one (paper, section 3.1: the auxiliary model is th + LoRA)
+has the same form but lives for one micro-batch: attached by `aux_lora`, moved by lfu.ascend, gone
+when its `with` block ends.
 
-Both share one branch: [A; A_aux] and [B, B_aux] are stacked, which is the same sum (their scaling is the same) and costs
-half of two branches.
-Adapters are float32 over half-precision weights and otherwise in the weights' dtype.
+Both share one branch: [A; A_aux] and [B, B_aux] are stacked, which is the same sum (their scaling
+is the same) and costs half of two branches. Adapters are float32 over half-precision weights and
+otherwise in the weights' dtype.
 """
 from contextlib import contextmanager
 
@@ -20,46 +22,56 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 
 class LoRALinear(Linear):
-    """A Linear (its weight shared, not copied) with a trained LoRA, an auxiliary one, both, or none."""
+    """A Linear (its weight shared, not copied) with a trained LoRA, an auxiliary one, both, or
+    none."""
 
     def __init__(self, linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.matmul_dtype = linear.weight, linear.bias, linear.matmul_dtype
-        self.lora_A = self.lora_B = None          # trained: Parameters (r, in) and (out, r)
-        self.aux_A = self.aux_B = None            # auxiliary: plain tensors, so no optimizer or file ever sees them
+        self.lora_A = self.lora_B = None  # trained: Parameters (r, in) and (out, r)
+        # auxiliary: plain tensors, so no optimizer or file ever sees them
+        self.aux_A = self.aux_B = None
         self.r, self.lora_alpha = 0, 0
-        self.enabled = True                       # False: the base weight alone
+        self.enabled = True  # False: the base weight alone
 
-    def forward(self, x):                                                     # (..., in) -> (..., out)
+    def forward(self, x):  # (..., in) -> (..., out)
         A = [a for a in (self.lora_A, self.aux_A) if a is not None]
         B = [b for b in (self.lora_B, self.aux_B) if b is not None]
         if not A or not self.enabled:
             return super().forward(x)
-        A, B = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))     # (R, in), (out, R)
-        rows = x.flatten(0, -2)                                               # (N, in)
-        y = super().forward(rows).to(A.dtype)                                 # (N, out), fresh
-        low = F.linear(rows.to(A.dtype), A)                                   # (N, R), R = r or r + r_aux
-        # Added to y in place: a pass over memory less. .contiguous() gives B's gradient a product in the fast order.
+        # (R, in), (out, R)
+        A, B = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))
+        rows = x.flatten(0, -2)  # (N, in)
+        y = super().forward(rows).to(A.dtype)  # (N, out), fresh
+        low = F.linear(rows.to(A.dtype), A)  # (N, R), R = r or r + r_aux
+        # Added to y in place: a pass over memory less. .contiguous() gives B's gradient a product
+        # in the fast order.
         y.addmm_(low, B.T.contiguous(), alpha=self.lora_alpha / self.r)
         return y.unflatten(0, x.shape[:-1])
 
 
 def draw_A(r, in_features, like, generator):
-    """peft's initial A (r, in): uniform in +-1/sqrt(in) (kaiming_uniform_ with a = sqrt 5), drawn in float32."""
+    """peft's initial A (r, in): uniform in +-1/sqrt(in) (kaiming_uniform_ with a = sqrt 5), drawn
+    in float32."""
     device = generator.device if generator is not None else "cpu"
-    A = torch.empty(r, in_features, device=device).uniform_(-in_features ** -0.5, in_features ** -0.5, generator=generator)
+    A = torch.empty(r, in_features, device=device).uniform_(-in_features ** -0.5,
+                                                            in_features ** -0.5, generator=generator)
     return A.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def lora_modules(model):
-    """[(name, LoRALinear)] of the modules that carry a trained LoRA, in the order of named_modules()."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear) and m.lora_A is not None]
+    """[(name, LoRALinear)] of the modules that carry a trained LoRA, in the order of
+    named_modules()."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)
+            and m.lora_A is not None]
 
 
 def check_rank(r, lora_alpha):
-    if type(r) is not int or r < 1 or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < float("inf"):
-        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive numbers, r a whole one")
+    if type(r) is not int or r < 1 or not isinstance(lora_alpha,
+                                                     (int, float)) or not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive numbers, "
+                         "r a whole one")
 
 
 def replace_module(model, name, module):
@@ -68,15 +80,17 @@ def replace_module(model, name, module):
 
 
 def add_lora(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES, generator=None):
-    """Attach a trainable LoRA to every target module, in place, and freeze all other parameters. Returns the model.
+    """Attach a trainable LoRA to every target module, in place, and freeze all other parameters.
+    Returns the model.
 
-    r: rank; lora_alpha: the scaling is lora_alpha / r; target_modules: leaf names; generator: for A (B starts at 0,
-    so the model's output does not change). Raises ValueError: r or lora_alpha not positive, an unknown target, or a
-    model that has a LoRA already.
+    r: rank; lora_alpha: the scaling is lora_alpha / r; target_modules: leaf names; generator: for A
+    (B starts at 0, so the model's output does not change). Raises ValueError: r or lora_alpha not
+    positive, an unknown target, or a model that has a LoRA already.
     """
     unknown = [name for name in target_modules if name not in TARGET_MODULES]
     if unknown or not target_modules:
-        raise ValueError(f"target_modules {list(target_modules)}: choose from {', '.join(TARGET_MODULES)}")
+        raise ValueError(f"target_modules {list(target_modules)}: choose from "
+                         f"{', '.join(TARGET_MODULES)}")
     check_rank(r, lora_alpha)
     if lora_modules(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
@@ -88,7 +102,8 @@ def add_lora(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES, generator
 
 
 def wrap_linears(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES):
-    """Put a LoRALinear in the place of every target module, still without any LoRA. Returns them in the model's order."""
+    """Put a LoRALinear in the place of every target module, still without any LoRA. Returns them in
+    the model's order."""
     wrapped = []
     for name, linear in list(model.named_modules()):
         if isinstance(linear, Linear) and name.rpartition(".")[2] in target_modules:
@@ -99,9 +114,11 @@ def wrap_linears(model, r=8, lora_alpha=16, target_modules=TARGET_MODULES):
 
 
 def remove_lora(model):
-    """Take the trained LoRA off, in place; the base weights are as they were before add_lora, and stay frozen."""
+    """Take the trained LoRA off, in place; the base weights are as they were before add_lora, and
+    stay frozen."""
     for name, module in lora_modules(model):
-        linear = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear = Linear(module.in_features, module.out_features, bias=module.bias is not None,
+                        device="meta")
         linear.weight, linear.bias, linear.matmul_dtype = module.weight, module.bias, module.matmul_dtype
         replace_module(model, name, linear)
 
@@ -121,14 +138,16 @@ def lora_disabled(model):
 
 @contextmanager
 def aux_lora(model, generator=None):
-    """The auxiliary LoRA of Eq 2: attached at zero effect (A drawn, B = 0), removed when the `with` block ends.
+    """The auxiliary LoRA of Eq 2: attached at zero effect (A drawn, B = 0), removed when the `with`
+    block ends.
 
-    Yields the tensors the ascent may move: the B of every module, since with B = 0 the gradient on A is exactly zero.
-    It sits where the trained LoRA sits, with its r and scaling; on a model without one, on all linear layers of all
-    blocks with r 8, scaling 16 / 8. generator: draws A, module after module in the order of named_modules().
+    Yields the tensors the ascent may move: the B of every module, since with B = 0 the gradient on
+    A is exactly zero. It sits where the trained LoRA sits, with its r and scaling; on a model
+    without one, on all linear layers of all blocks with r 8, scaling 16 / 8. generator: draws A,
+    module after module in the order of named_modules().
     """
     attached, linears = [m for m in model.modules() if isinstance(m, LoRALinear)], {}
-    if not attached:                                                          # full tuning
+    if not attached:  # full tuning
         linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
         attached = wrap_linears(model)
     try:

@@ -1,15 +1,17 @@
 """The transformer: a Llama decoder in one file, with Hugging Face's parameter names.
 
-Nothing in here knows about LfU. lora.py and steering.py attach to it, lfu.py asks it for hidden states, and
-checkpoint.py fills it from disk. tests/test_model.py compares logits, every hidden state and every gradient with
-transformers' LlamaForCausalLM.
+Nothing in here knows about LfU. lora.py and steering.py attach to it, lfu.py asks it for hidden
+states, and checkpoint.py fills it from disk. tests/test_model.py compares logits, every hidden
+state and every gradient with transformers' LlamaForCausalLM.
 
-Shapes: B batch, T tokens, D hidden, H query heads, K key/value heads, d head_dim, L layers, V vocabulary.
+Shapes: B batch, T tokens, D hidden, H query heads, K key/value heads, d head_dim, L layers, V
+vocabulary.
 
-Precision. Linear layers multiply in the dtype of their weights. Everything between them (the residual stream, norms,
-RoPE, the hidden states handed to the consistency loss) stays in float32 when the weights are float16 or bfloat16, and
-in the weights' dtype otherwise, so a float64 model is float64 all through. README, "Half precision", says why LfU
-needs this: the difference h' - h it measures is about 1 % of h, and a half-precision residual stream rounds it away.
+Precision. Linear layers multiply in the dtype of their weights. Everything between them (the
+residual stream, norms, RoPE, the hidden states handed to the consistency loss) stays in float32
+when the weights are float16 or bfloat16, and in the weights' dtype otherwise, so a float64 model is
+float64 all through. README, "Half precision", says why LfU needs this: the difference h' - h it
+measures is about 1 % of h, and a half-precision residual stream rounds it away.
 """
 from dataclasses import dataclass, field
 
@@ -21,21 +23,23 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class LlamaConfig:
-    """The fields of config.json that shape the model, under Hugging Face's names (checkpoint.parse_config reads them)."""
+    """The fields of config.json that shape the model, under Hugging Face's names
+    (checkpoint.parse_config reads them)."""
     vocab_size: int
-    hidden_size: int                      # D
+    hidden_size: int  # D
     intermediate_size: int
-    num_hidden_layers: int                # L
-    num_attention_heads: int              # H
-    num_key_value_heads: int              # K, divides H
-    head_dim: int                         # d
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K, divides H
+    head_dim: int  # d
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = field(default_factory=dict)   # {} or Llama 3's: factor, low_freq_factor, ...
+    # {} or Llama 3's: factor, low_freq_factor, ...
+    rope_scaling: dict = field(default_factory=dict)
     tie_word_embeddings: bool = False
-    attention_bias: bool = False          # biases on q, k, v and o
-    mlp_bias: bool = False                # biases on gate, up and down
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False  # biases on gate, up and down
 
 
 def at_least_float32(x):
@@ -43,8 +47,9 @@ def at_least_float32(x):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that casts its input to the weight's dtype, or both to `matmul_dtype` where that is set (full tuning
-    in half precision keeps float32 weights, because an update of 1e-6 would be rounded away, and multiplies in half)."""
+    """nn.Linear that casts its input to the weight's dtype, or both to `matmul_dtype` where that is
+    set (full tuning in half precision keeps float32 weights, because an update of 1e-6 would be
+    rounded away, and multiplies in half)."""
     matmul_dtype = None
 
     def forward(self, x):
@@ -59,28 +64,31 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):                                                     # x is the residual stream: never half
+    def forward(self, x):  # x is the residual stream: never half
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(config, positions, dtype):
-    """cos and sin of the rotary embedding, each (B, 1, T, d), for positions (B, T), computed in `dtype`.
+    """cos and sin of the rotary embedding, each (B, 1, T, d), for positions (B, T), computed in
+    `dtype`.
 
-    Hugging Face's layout: the first half of a head is rotated against the second half. With Llama 3's scaling, waves
-    longer than the original context turn `factor` times slower, short ones are left alone, and those in between are
-    blended (formula: transformers' modeling_rope_utils, and Meta's llama-models).
+    Hugging Face's layout: the first half of a head is rotated against the second half. With Llama
+    3's scaling, waves longer than the original context turn `factor` times slower, short ones are
+    left alone, and those in between are blended (formula: transformers' modeling_rope_utils, and
+    Meta's llama-models).
     """
     d = config.head_dim
     index = torch.arange(0, d, 2, dtype=dtype, device=positions.device)
-    freq = 1.0 / config.rope_theta ** (index / d)                             # (d/2,) radians a token
+    freq = 1.0 / config.rope_theta ** (index / d)  # (d/2,) radians a token
     if config.rope_scaling:
         s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * torch.pi)  # full turns within the original context
+        # full turns within the original context
+        turns = s["original_max_position_embeddings"] * freq / (2 * torch.pi)
         blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         blend = blend.clamp(0, 1)
         freq = (1 - blend) * freq / s["factor"] + blend * freq
-    angle = positions[:, None, :, None].to(dtype) * freq                      # (B, 1, T, d/2)
-    angle = torch.cat([angle, angle], dim=-1)                                 # (B, 1, T, d)
+    angle = positions[:, None, :, None].to(dtype) * freq  # (B, 1, T, d/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, d)
     return angle.cos(), angle.sin()
 
 
@@ -94,25 +102,32 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim,
+                             bias=c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim,
+                             bias=c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim,
+                             bias=c.attention_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size,
+                             bias=c.attention_bias)
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         dtype = self.q_proj.matmul_dtype or self.q_proj.weight.dtype
-        split = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, T, H*d) -> (B, H, T, d)
-        q = rotate(split(self.q_proj(x)), *rope).to(dtype)                    # (B, H, T, d)
-        k = rotate(split(self.k_proj(x)), *rope).to(dtype)                    # (B, K, T, d)
-        v = split(self.v_proj(x)).to(dtype)                                   # (B, K, T, d)
+        # (B, T, H*d) -> (B, H, T, d)
+        split = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(split(self.q_proj(x)), *rope).to(dtype)  # (B, H, T, d)
+        k = rotate(split(self.k_proj(x)), *rope).to(dtype)  # (B, K, T, d)
+        v = split(self.v_proj(x)).to(dtype)  # (B, K, T, d)
         if cache is not None:
             if cache[layer] is not None:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v)))   # (B, K, S, d)
+                # (B, K, S, d)
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cache[layer], (k, v)))
             cache[layer] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])         # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -123,8 +138,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        gate = at_least_float32(self.gate_proj(x))                            # (B, T, intermediate)
-        return self.down_proj(F.silu(gate) * self.up_proj(x))                 # SwiGLU: (B, T, D)
+        gate = at_least_float32(self.gate_proj(x))  # (B, T, intermediate)
+        return self.down_proj(F.silu(gate) * self.up_proj(x))  # SwiGLU: (B, T, D)
 
 
 class Block(nn.Module):
@@ -137,11 +152,12 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, layer=0):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: the part whose parameters are called model.* in a checkpoint."""
+    """Embedding, blocks and final norm: the part whose parameters are called model.* in a
+    checkpoint."""
 
     def __init__(self, c):
         super().__init__()
@@ -151,7 +167,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama for causal language modelling. `activation_checkpointing` (off) recomputes each block in the backward."""
+    """Llama for causal language modelling. `activation_checkpointing` (off) recomputes each block
+    in the backward."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,29 +180,32 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_matmul_dtype(self, dtype):
-        """Let all linear layers multiply in `dtype` while the parameters keep theirs; None: in the parameters' own."""
+        """Let all linear layers multiply in `dtype` while the parameters keep theirs; None: in the
+        parameters' own."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.matmul_dtype = dtype
 
     def hidden_states(self, input_ids, positions=None, mask=None, cache=None, recompute=True):
-        """The residual stream at every depth: a list of L+1 tensors (B, T, D), in transformers' convention.
+        """The residual stream at every depth: a list of L+1 tensors (B, T, D), in transformers'
+        convention.
 
-        [0] is the embedding, [l] the output of block l for l = 1..L-1, and [L] the output of the final norm, so that
-        model.lm_head(states[-1]) are the logits; states[l][:, t] is Eq 3's state that predicts token t+1.
-        input_ids (B, T) int64; padding goes on the right, where causal attention never sees it, and needs no mask.
-        For generation: positions (B, T); mask bool, broadcastable to (B, 1, T, S), True = attend; cache, a list of
-        L entries (None, or keys and values (B, K, S, d)) that this call extends. recompute: False keeps this call's
+        [0] is the embedding, [l] the output of block l for l = 1..L-1, and [L] the output of the
+        final norm, so that model.lm_head(states[-1]) are the logits; states[l][:, t] is Eq 3's
+        state that predicts token t+1. input_ids (B, T) int64; padding goes on the right, where
+        causal attention never sees it, and needs no mask. For generation: positions (B, T); mask
+        bool, broadcastable to (B, 1, T, S), True = attend; cache, a list of L entries (None, or
+        keys and values (B, K, S, d)) that this call extends. recompute: False keeps this call's
         activations for its backward even under activation_checkpointing.
         """
         T, past = input_ids.shape[1], 0
         if cache is not None and cache[0] is not None:
             past = cache[0][0].shape[2]
         if positions is None:
-            positions = torch.arange(past, past + T, device=input_ids.device)[None]     # (1, T)
+            positions = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
         if mask is None and past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)
-        x = at_least_float32(self.model.embed_tokens(input_ids))              # (B, T, D)
+        x = at_least_float32(self.model.embed_tokens(input_ids))  # (B, T, D)
         rope = rope_tables(self.config, positions, x.dtype)
         states = [x]
         for i, block in enumerate(self.model.layers):

@@ -1,8 +1,10 @@
-"""Claim: lfu_min.bench times what it says. Both sides do the same SFT work on the same weights (gradients within 1e-5
-of each other); in matmul operations the authors' step costs three of their SFT steps less a head's backward, ours two
-of ours less a head; no step leaves a weight changed; what is printed, returned and written to --json is the same.
+"""Claim: lfu_min.cost.bench times what it says. Both sides do the same SFT work on the same weights
+(gradients within 1e-5 of each other); in matmul operations the authors' step costs three of their
+SFT steps less a head's backward, ours two of ours less a head; no step leaves a weight changed;
+what is printed, returned and written to --json is the same.
 
-Nothing here asserts a time: times are the benchmark's own result, and a busy machine must not fail a test.
+Nothing here asserts a time: times are the benchmark's own result, and a busy machine must not fail
+a test.
 """
 from contextlib import contextmanager
 import json
@@ -16,10 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import difference, quiet_transformers
-from lfu_min import bench, model, runs
+from lfu_min.cost import bench
+from lfu_min import model
+from lfu_min.bundled import BUNDLED
+from lfu_min.engine import system
 from lfu_min.lora import add_lora, lora_modules
 
-TINY = ["--shape", "bundled", "--batch", "2", "--tokens", "16", "--repeats", "2", "--device", "cpu", "--dtype", "fp32",
+TINY = ["--shape", "bundled", "--batch", "2", "--tokens", "16", "--repeats", "2", "--device",
+        "cpu", "--dtype", "fp32",
         "--no-memory"]
 
 
@@ -33,7 +39,8 @@ def needs_peft():
 
 
 def pair(tune="lora"):
-    """Our model and transformers' on the same weights, the adapters' A and B the same too and B not zero."""
+    """Our model and transformers' on the same weights, the adapters' A and B the same too and B not
+    zero."""
     s = settings()
     torch.manual_seed(0)
     ours = bench.random_weights(s.config, s.device, torch.float32)
@@ -69,7 +76,7 @@ def test_their_sft_step_and_ours_give_the_same_gradients(tune):
     a, b = gradients(ours), gradients(theirs)
     assert a.keys() == b.keys()
     assert max(difference(a[name], b[name]) for name in a) < 1e-5
-    bench.their_sft_step(theirs)(batches[1], batches[0])                      # the mistake: another batch
+    bench.their_sft_step(theirs)(batches[1], batches[0])  # the mistake: another batch
     c = gradients(theirs)
     assert min(difference(a[name], c[name]) for name in a) > 0.1
 
@@ -88,8 +95,10 @@ def test_without_a_step_the_authors_gradient_is_sfts_and_with_one_it_is_not():
 def test_the_authors_step_costs_three_of_their_sft_steps_less_one_backward_of_a_head():
     needs_peft()
     ours, theirs, batches = pair()
-    head = 2 * 2 * 16 * ours.config.vocab_size * ours.config.hidden_size      # logits at all 2 x 16 positions
-    sft, lfu = (flops(make(theirs), *batches) for make in (bench.their_sft_step, bench.their_lfu_step))
+    # logits at all 2 x 16 positions
+    head = 2 * 2 * 16 * ours.config.vocab_size * ours.config.hidden_size
+    sft, lfu = (flops(make(theirs), *batches)
+                for make in (bench.their_sft_step, bench.their_lfu_step))
     assert lfu == 3 * sft - head
 
 
@@ -98,7 +107,8 @@ def test_our_step_costs_two_of_our_sft_steps_less_a_head_and_a_wider_branch_for_
     s = settings()
     steps = bench.build(s, ["sft", aux])
     batches = bench.make_batches(s.config, 2, 2, 16, s.device)
-    head = 2 * 2 * (2 * 8) * s.config.vocab_size * s.config.hidden_size       # both ways, at the supervised half alone
+    # both ways, at the supervised half alone
+    head = 2 * 2 * (2 * 8) * s.config.vocab_size * s.config.hidden_size
     extra = flops(steps[aux], *batches) - (2 * flops(steps["sft"], *batches) - head)
     assert extra > 0 if aux == "lora" else extra == 0
 
@@ -109,26 +119,32 @@ def test_no_step_leaves_a_weight_changed(tune, monkeypatch):
     s, models = settings("--tune", tune), []
     for name in ("random_weights", "transformers_model"):
         make = getattr(bench, name)
-        monkeypatch.setattr(bench, name, lambda *a, make=make: models.append(make(*a)) or models[-1])
+        monkeypatch.setattr(bench, name, lambda *a,
+                            make=make: models.append(make(*a)) or models[-1])
     steps = bench.build(s, [*bench.OURS, *bench.THEIRS])
     before = [p.detach().clone() for model in models for p in model.parameters()]
     for step in steps.values():
         step(*bench.make_batches(s.config, 2, 2, 16, s.device))
-        assert all(torch.equal(p, old) for p, old in zip((p for model in models for p in model.parameters()), before))
+        assert all(torch.equal(p, old) for p, old in zip((p for model in models
+                                                          for p in model.parameters()), before))
 
 
 def test_a_batch_is_supervised_in_its_second_half_and_batches_differ():
-    (ids, labels), (other, _) = bench.make_batches(bench.SHAPES["bundled"], 2, 3, 10, torch.device("cpu"))
-    assert ids.shape == (3, 10) and (labels[:, :5] == -100).all() and torch.equal(labels[:, 5:], ids[:, 5:])
+    (ids, labels), (other, _) = bench.make_batches(bench.SHAPES["bundled"], 2, 3, 10,
+                                                   torch.device("cpu"))
+    assert ids.shape == (3, 10) and (labels[:,
+                                            :5] == -100).all() and torch.equal(labels[:, 5:], ids[:, 5:])
     assert not torch.equal(ids, other)
 
 
 def test_the_bundled_shape_is_the_bundled_model_and_the_others_have_their_names_sizes():
-    bundled = runs.BUNDLED / "config.json"
+    bundled = BUNDLED / "config.json"
     if bundled.is_file():
-        assert {**vars(bench.load_config(runs.BUNDLED)), "max_position_embeddings": 0, "rms_norm_eps": 0} == \
+        assert {**vars(bench.load_config(BUNDLED)), "max_position_embeddings": 0,
+                "rms_norm_eps": 0} == \
             {**vars(bench.SHAPES["bundled"]), "max_position_embeddings": 0, "rms_norm_eps": 0}
-    for name, millions in (("SmolLM2-135M", 134.5), ("Llama-3.2-1B", 1235.8), ("Llama-3.1-8B", 8030.3)):
+    for name, millions in (("SmolLM2-135M", 134.5), ("Llama-3.2-1B", 1235.8),
+                           ("Llama-3.1-8B", 8030.3)):
         with torch.device("meta"):
             model = bench.Llama(bench.SHAPES[name])
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -139,7 +155,7 @@ def test_main_prints_returns_and_writes_the_same_results(tmp_path, capsys):
     out = bench.main([*TINY, "--cases", "reps", "inplace", "--json", str(file)])
     printed = capsys.readouterr().out
     assert json.loads(file.read_text(encoding="utf-8")) == json.loads(json.dumps(out))
-    assert list(out["cases"]) == ["sft", "reps", "inplace"]                   # sft always: the ratios need it
+    assert list(out["cases"]) == ["sft", "reps", "inplace"]  # sft always: the ratios need it
     for case, r in out["cases"].items():
         assert r["ms_min"] <= r["ms"] <= r["ms_max"] and len(r["ms_all"]) == 2
         assert r["tokens_per_s"] == pytest.approx(2 * 16 / r["ms"] * 1000)
@@ -167,7 +183,9 @@ def test_without_transformers_our_own_steps_are_timed_and_a_line_says_so(monkeyp
     assert "transformers is not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option, value", [("--tokens", "1"), ("--batch", "0"), ("--repeats", "0"), ("--device", "tpu")])
+@pytest.mark.parametrize("option, value",
+                         [("--tokens", "1"), ("--batch", "0"), ("--repeats", "0"),
+                          ("--device", "tpu")])
 def test_bad_settings_are_named(option, value):
     with pytest.raises(ValueError, match=value):
         bench.main([*TINY, option, value])
@@ -179,10 +197,11 @@ def test_the_command_line_measures_peak_memory_in_a_process_for_each_case(tmp_pa
     peaks = []
     for batch in ("1", "32"):
         file = tmp_path / f"{batch}.json"
-        command = [sys.executable, "-m", "lfu_min.bench", "--shape", "bundled", "--cases", "lora", "--repeats", "1",
+        command = [sys.executable, "-m", "lfu_min.cost.bench", "--shape", "bundled", "--cases",
+                   "lora", "--repeats", "1",
                    "--batch", batch, "--tokens", "64", "--device", "cpu", "--json", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                              env={**os.environ, "PYTHONPATH": str(runs.ROOT)})
+                              env={**os.environ, "PYTHONPATH": str(system.ROOT)})
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads(file.read_text(encoding="utf-8"))["cases"])
     for case in ("sft", "lora"):
@@ -200,10 +219,12 @@ def test_checkpointing_is_timed_as_train_py_does_it(kind, blocks):
 
 
 def test_evaluation_times_loading_tokenising_and_generation(tmp_path, capsys):
-    data = runs.BUNDLED / "data" / "word_problems_validation.jsonl"
-    rows = bench.main(["--model", str(runs.BUNDLED), "--evaluation", str(data), "--dtype", "fp32", "--device", "cpu",
+    data = BUNDLED / "data" / "word_problems_validation.jsonl"
+    rows = bench.main(["--model", str(BUNDLED), "--evaluation", str(data), "--dtype",
+                       "fp32", "--device", "cpu",
                        "--json", str(tmp_path / "out.json")])
-    assert [r["what"] for r in rows] == ["loading", "tokenising 128 examples", "generating 8 x 64 tokens"]
+    assert [r["what"] for r in rows] == ["loading", "tokenising 128 examples",
+                                         "generating 8 x 64 tokens"]
     assert all(r["seconds"] > 0 and (r["faster"] is None or r["faster"] > 0) for r in rows)
     assert json.loads((tmp_path / "out.json").read_text())["evaluation"] == rows
     assert "generating 8 x 64 tokens" in capsys.readouterr().out

@@ -1,6 +1,8 @@
-"""A folder in Hugging Face's form is read strictly or not at all, and what is written can be read by transformers.
+"""A folder in Hugging Face's form is read strictly or not at all, and what is written can be read
+by transformers.
 
-Weights must come back bit for bit; logits are compared with transformers' at max|a - b| / max|b| <= 1e-5 in float32.
+Weights must come back bit for bit; logits are compared with transformers' at max|a - b| / max|b| <=
+1e-5 in float32.
 """
 import json
 import os
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from conftest import LLAMA3_ROPE, TINY, difference, quiet_transformers, random_ids, tiny_model, transformers_twin
-from lfu_min import checkpoint
-from lfu_min.checkpoint import config_to_dict, load_config, load_model, parse_config, random_model, save_model
+from lfu_min.files import checkpoint
+from lfu_min.files.checkpoint import config_to_dict, load_config, load_model, parse_config, random_model, save_model
 from lfu_min.model import LlamaConfig
 
 ROPE = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
@@ -22,9 +24,11 @@ ROPE = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
 
 def v5_form(raw):
     """The same config.json as transformers 5 writes it."""
-    rest = {name: value for name, value in raw.items() if name not in ("rope_theta", "rope_scaling")}
+    rest = {name: value for name, value in raw.items()
+            if name not in ("rope_theta", "rope_scaling")}
     scaling = raw.get("rope_scaling") or {"rope_type": "default"}
-    return {**rest, "dtype": "float32", "rope_parameters": {**scaling, "rope_theta": raw["rope_theta"]}}
+    return {**rest, "dtype": "float32",
+            "rope_parameters": {**scaling, "rope_theta": raw["rope_theta"]}}
 
 
 def write_folder(folder, tensors, raw=TINY, shards=1):
@@ -34,9 +38,11 @@ def write_folder(folder, tensors, raw=TINY, shards=1):
     if shards == 1:
         save_file(tensors, str(folder / "model.safetensors"))
         return folder
-    weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+                  for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, str(folder / file))
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == file},
+                  str(folder / file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
@@ -50,7 +56,8 @@ def tiny_tensors(**changes):
 
 def same_weights(model, tensors):
     state = model.state_dict()
-    return all(torch.equal(state[name], t) and state[name].dtype == t.dtype for name, t in tensors.items())
+    return all(torch.equal(state[name], t) and state[name].dtype == t.dtype
+               for name, t in tensors.items())
 
 
 # ---- what transformers writes ----
@@ -80,12 +87,13 @@ def test_a_saved_folder_gives_the_same_logits_here_and_in_transformers(tmp_path,
     transformers = quiet_transformers()
     ours = tiny_model(tie_word_embeddings=tied, attention_bias=True, **ROPE)
     save_model(ours, tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == {name for name, _ in ours.named_parameters()}  # head once
+    # head once
+    assert set(load_file(tmp_path / "model.safetensors")) == {name for name, _ in ours.named_parameters()}
     ids = random_ids()
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(ids), ours(ids))
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(report.values()), report                              # nothing missing, unexpected, misshapen
+        assert not any(report.values()), report  # nothing missing, unexpected, misshapen
         assert difference(ours(ids), theirs(ids).logits) <= 1e-5
 
 
@@ -97,9 +105,9 @@ def test_both_forms_of_config_say_the_same(rope):
     config = parse_config(raw)
     assert parse_config(v5_form(raw)) == config
     assert config.rope_theta == raw["rope_theta"] and bool(config.rope_scaling) == bool(rope)
-    assert parse_config(config_to_dict(config)) == config                    # and what save_model writes
+    assert parse_config(config_to_dict(config)) == config  # and what save_model writes
     forgets = {name: value for name, value in v5_form(raw).items() if name != "rope_parameters"}
-    assert parse_config(forgets) != config                                   # teeth: a reader of v4 names alone
+    assert parse_config(forgets) != config  # teeth: a reader of v4 names alone
     if rope:
         older = {**LLAMA3_ROPE, "type": "llama3"}
         del older["rope_type"]
@@ -107,16 +115,20 @@ def test_both_forms_of_config_say_the_same(rope):
 
 
 def test_absent_fields_take_the_defaults_of_transformers():
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads")
     config = parse_config({"model_type": "llama", **{name: TINY[name] for name in required}})
     assert config == LlamaConfig(97, 32, 48, 3, 4, num_key_value_heads=4, head_dim=8)
     transformers = quiet_transformers()
     theirs = transformers.LlamaConfig(**{name: TINY[name] for name in required})
-    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+                 "tie_word_embeddings",
                  "attention_bias", "mlp_bias"):
         assert getattr(config, name) == getattr(theirs, name), name
-    nulls = {name: None for name in ("head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters")}
-    assert parse_config({"model_type": "llama", **{name: TINY[name] for name in required}, **nulls}) == config
+    nulls = {name: None for name in ("head_dim", "num_key_value_heads", "rope_scaling",
+                                     "rope_parameters")}
+    assert parse_config({"model_type": "llama", **{name: TINY[name] for name in required},
+                         **nulls}) == config
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -127,9 +139,11 @@ def test_absent_fields_take_the_defaults_of_transformers():
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+     "lacks low_freq_factor, high_freq_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ({"head_dim": 15}, "head_dim 15"),
 ], ids=lambda value: str(value) if isinstance(value, str) else "")
@@ -142,7 +156,8 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
 
 def test_absent_required_fields_are_named():
     with pytest.raises(ValueError, match="config.json lacks hidden_size, num_hidden_layers"):
-        parse_config({k: v for k, v in TINY.items() if k not in ("hidden_size", "num_hidden_layers")})
+        parse_config({k: v for k, v in TINY.items()
+                      if k not in ("hidden_size", "num_hidden_layers")})
 
 
 # ---- weights: all of them, once, or one error ----
@@ -192,7 +207,8 @@ def test_all_that_does_not_fit_is_named_in_one_error(tmp_path, shards):
         load_model(tmp_path)
     for words in ("missing model.norm.weight", "missing model.layers.1.mlp.up_proj.weight",
                   "unexpected model.layers.0.self_attn.q_norm.weight",
-                  "model.layers.2.self_attn.k_proj.weight has shape (64, 32), config.json says (32, 32)"):
+                  "model.layers.2.self_attn.k_proj.weight has shape (64, 32), config.json says "
+                  "(32, 32)"):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -208,7 +224,7 @@ def test_a_transposed_matrix_is_misshapen(tmp_path):
 def test_a_long_list_of_problems_is_cut_and_counted(tmp_path):
     write_folder(tmp_path, {"transformer.wte.weight": torch.ones(97, 32)})
     with pytest.raises(ValueError, match=r"missing model.embed_tokens.weight.*; and 23 more$"):
-        load_model(tmp_path)                                  # 3 * 9 + 3 missing and 1 unexpected: 31, 8 of them shown
+        load_model(tmp_path)  # 3 * 9 + 3 missing and 1 unexpected: 31, 8 of them shown
 
 
 def test_a_tied_head_may_be_stored_a_second_time(tmp_path):
@@ -217,14 +233,15 @@ def test_a_tied_head_may_be_stored_a_second_time(tmp_path):
     write_folder(tmp_path, twice, {**TINY, "tie_word_embeddings": True})
     ours = load_model(tmp_path)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight and same_weights(ours, twice)
-    write_folder(tmp_path, tensors)                                          # teeth: an untied model lacks its head
+    write_folder(tmp_path, tensors)  # teeth: an untied model lacks its head
     with pytest.raises(ValueError, match="missing lm_head.weight"):
         load_model(tmp_path)
 
 
 def test_rope_tables_in_old_files_are_not_parameters(tmp_path):
     tensors = tiny_tensors()
-    write_folder(tmp_path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    write_folder(tmp_path, {**tensors,
+                            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert same_weights(load_model(tmp_path), tensors)
 
 
@@ -256,7 +273,7 @@ def test_broken_folders_are_refused_with_one_clear_line(tmp_path):
     assert "model.safetensors cannot be read as safetensors" in message()
     write_folder(folder, tiny_tensors())
     data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:len(data) // 2])        # an interrupted download
+    (folder / "model.safetensors").write_bytes(data[:len(data) // 2])  # an interrupted download
     assert "model.safetensors cannot be read as safetensors" in message()
     write_folder(folder, {**tiny_tensors(), "model.norm.weight": torch.ones(32, dtype=torch.int8)})
     assert "model.norm.weight is stored as torch.int8" in message()
@@ -274,7 +291,8 @@ def test_broken_shards_are_refused_by_name(tmp_path):
     right = weight_map["model.norm.weight"]
     weight_map["model.norm.weight"] = next(file for file in weight_map.values() if file != right)
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match="missing model.norm.weight in model-0000.-of-00003.safetensors, where the"):
+    with pytest.raises(ValueError, match="missing model.norm.weight in "
+                                         "model-0000.-of-00003.safetensors, where the"):
         load_model(tmp_path)
     index.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
@@ -288,12 +306,14 @@ def test_dtype_none_keeps_the_files_and_a_given_one_converts(tmp_path):
     write_folder(tmp_path, tensors)
     assert same_weights(load_model(tmp_path), tensors)
     for dtype in (torch.float32, torch.float16, torch.float64):
-        assert same_weights(load_model(tmp_path, dtype=dtype), {name: t.to(dtype) for name, t in tensors.items()})
+        assert same_weights(load_model(tmp_path, dtype=dtype),
+                            {name: t.to(dtype) for name, t in tensors.items()})
 
 
 def test_device_is_where_the_parameters_go(tmp_path):
-    write_folder(tmp_path, tiny_tensors(tie_word_embeddings=True), {**TINY, "tie_word_embeddings": True})
-    ours = load_model(tmp_path, device="meta")                               # a device every machine has
+    write_folder(tmp_path, tiny_tensors(tie_word_embeddings=True),
+                 {**TINY, "tie_word_embeddings": True})
+    ours = load_model(tmp_path, device="meta")  # a device every machine has
     assert {p.device.type for p in ours.parameters()} == {"meta"}
     assert {p.device.type for p in load_model(tmp_path).parameters()} == {"cpu"}
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
@@ -325,7 +345,8 @@ def test_save_model_keeps_the_bases_config_and_tokenizer_files(tmp_path):
 
 def test_random_model_is_reproducible_and_starts_as_llama_does():
     config = parse_config({**TINY, "hidden_size": 64, "attention_bias": True})
-    a, b, other = random_model(config, seed=1), random_model(config, seed=1), random_model(config, seed=2)
+    a, b, other = random_model(config,
+                               seed=1), random_model(config, seed=1), random_model(config, seed=2)
     assert same_weights(a, b.state_dict()) and not same_weights(a, other.state_dict())
     weights = dict(a.named_parameters())
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
@@ -336,7 +357,8 @@ def test_random_model_is_reproducible_and_starts_as_llama_does():
 # ---- real weights ----
 
 @pytest.mark.slow
-@pytest.mark.skipif("LFU_SMOLLM2" not in os.environ, reason="set LFU_SMOLLM2 to the folder of SmolLM2-135M")
+@pytest.mark.skipif("LFU_SMOLLM2" not in os.environ,
+                    reason="set LFU_SMOLLM2 to the folder of SmolLM2-135M")
 def test_smollm2_gives_the_logits_and_hidden_states_of_transformers():
     transformers = quiet_transformers()
     path, ids = os.environ["LFU_SMOLLM2"], random_ids(1, 64)
@@ -355,7 +377,7 @@ def test_smollm2_gives_the_logits_and_hidden_states_of_transformers():
 PEAK = """
 import sys, torch
 from pathlib import Path
-from lfu_min.checkpoint import load_model
+from lfu_min.files.checkpoint import load_model
 def status(field):                                                          # kB -> bytes
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1]) * 1024
 load_model(sys.argv[1] + "/tiny")                                           # what is imported on first use
@@ -366,19 +388,24 @@ print(status("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from Linux's /proc")
-@pytest.mark.parametrize("shards, stored, dtype", [(1, torch.float32, "float32"), (4, torch.float32, "float32"),
+@pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                    reason="reads peak memory from Linux's /proc")
+@pytest.mark.parametrize("shards, stored, dtype",
+                         [(1, torch.float32, "float32"), (4, torch.float32, "float32"),
                                                    (1, torch.bfloat16, "float32")],
                          ids=["one file", "shards", "bf16 to fp32"])
 def test_peak_memory_is_about_one_model(tmp_path, shards, stored, dtype):
-    """190 MB, largest tensor 16 MB: at most 1.2 models above what a tiny one takes. Read from a fresh process, since
-    the test's own peak counts; a loader that holds a whole file beside the model needs 2."""
-    raw = {**TINY, "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10,
+    """190 MB, largest tensor 16 MB: at most 1.2 models above what a tiny one takes. Read from a
+    fresh process, since the test's own peak counts; a loader that holds a whole file beside the
+    model needs 2."""
+    raw = {**TINY, "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048,
+           "num_hidden_layers": 10,
            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     tensors = random_model(parse_config(raw), dtype=stored).state_dict()
     write_folder(tmp_path, tensors, raw, shards)
     write_folder(tmp_path / "tiny", tiny_tensors())
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), dtype], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), dtype], capture_output=True,
+                          text=True,
                           cwd=Path(checkpoint.__file__).parents[1], timeout=300)
     assert done.returncode == 0, done.stderr
     extra, size = map(int, done.stdout.split())
@@ -390,14 +417,17 @@ def test_a_tied_head_stored_a_second_time_must_be_the_embedding(tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1},
+              tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="lm_head.weight differs"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [
-    {"hidden_size": "32"}, {"vocab_size": None}, {"num_hidden_layers": 2.0}, {"num_key_value_heads": -2}, {"head_dim": -2},
-    {"num_attention_heads": 0}, {"rope_theta": -1.0}, {"rms_norm_eps": "small"}, {"rope_scaling": "yarn"}], ids=str)
+    {"hidden_size": "32"}, {"vocab_size": None}, {"num_hidden_layers": 2.0},
+    {"num_key_value_heads": -2}, {"head_dim": -2},
+    {"num_attention_heads": 0}, {"rope_theta": -1.0}, {"rms_norm_eps": "small"},
+    {"rope_scaling": "yarn"}], ids=str)
 def test_numbers_out_of_range_are_named(tmp_path, changes):
     model = tiny_model()
     save_model(model, tmp_path)

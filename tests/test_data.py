@@ -1,5 +1,6 @@
-"""Claim: files in three formats become exactly the ids and labels that the templates say; every kind of bad file gets
-one clear line. The tokenizer here is the alphabet (one id a character, "\\n\\n" is one), so ids can be spelled by hand.
+"""Claim: files in three formats become exactly the ids and labels that the templates say; every
+kind of bad file gets one clear line. The tokenizer here is the alphabet (one id a character,
+"\\n\\n" is one), so ids can be spelled by hand.
 """
 
 import hashlib
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from lfu_min.data import (Example, batch_order, collate, data_hash, encode_example, load_dataset, prompt_ids,
+from lfu_min.files.data import (Example, batch_order, collate, data_hash, encode_example,
+                                load_dataset, prompt_ids,
                           read_examples)
-from lfu_min.tokenizer import load_tokenizer
+from lfu_min.files.tokenizer import load_tokenizer
 
 
 class Letters:
-    """One id a character, its code point, but "\\n\\n" at the end of a piece is id 1, as SmolLM2 has it."""
+    """One id a character, its code point, but "\\n\\n" at the end of a piece is id 1, as SmolLM2
+    has it."""
     eos_id, eos_ids = 2, (2,)
 
     def __init__(self, bos_id=None):
@@ -47,35 +50,38 @@ QA = {"question": "2+2?", "answer": "4"}
 
 def test_the_three_formats_in_both_file_types(tmp_path):
     records = [QA, {"instruction": "Add", "input": "2 and 2", "output": "4"},
-               {"instruction": "Hi", "input": "", "output": "Ho"}, {"instruction": "Hi", "input": None, "output": "Ho"},
+               {"instruction": "Hi", "input": "", "output": "Ho"},
+               {"instruction": "Hi", "input": None, "output": "Ho"},
                {"instruction": "Hi", "output": "Ho", "id": 7},
                {"prompt": "a\u2028b", "response": " c "}]
-    expected = [("2+2?", "4"), ("Add\n2 and 2", "4"), ("Hi", "Ho"), ("Hi", "Ho"), ("Hi", "Ho"), ("a\u2028b", " c ")]
+    expected = [("2+2?", "4"), ("Add\n2 and 2", "4"), ("Hi", "Ho"), ("Hi", "Ho"), ("Hi", "Ho"),
+                ("a\u2028b", " c ")]
     assert read_examples(write(tmp_path, lines(*records))) == expected
     assert read_examples(write(tmp_path, json.dumps(records, indent=1), "data.json")) == expected
-    raw = json.dumps(records[-1], ensure_ascii=False)       # U+2028 as it is: does not end a line
+    raw = json.dumps(records[-1], ensure_ascii=False)  # U+2028 as it is: does not end a line
     assert read_examples(write(tmp_path, raw)) == expected[-1:]
 
 
 def test_windows_files_just_work(tmp_path):
     content = "\ufeff" + lines(QA, QA).replace("\n", "\r\n\r\n  \r\n")
     assert read_examples(write(tmp_path, content)) == [("2+2?", "4")] * 2
-    assert read_examples(write(tmp_path, "\ufeff[\r\n" + json.dumps(QA) + "\r\n]", "data.json")) == [("2+2?", "4")]
+    assert read_examples(write(tmp_path, "\ufeff[\r\n" + json.dumps(QA) + "\r\n]",
+                               "data.json")) == [("2+2?", "4")]
 
 
 def test_plain_template():
     ids, labels = encode_example(Letters(), Example("2+2?", "4"))
     prompt = ords("Question: 2+2?\nAnswer:")
-    assert ids == prompt + ords(" 4") + [2]                 # the blank belongs to the answer, EOS is learned
+    assert ids == prompt + ords(" 4") + [2]  # the blank belongs to the answer, EOS is learned
     assert labels == [-100] * len(prompt) + ords(" 4") + [2]
-    assert prompt_ids(Letters(), "2+2?") == prompt          # generation starts exactly where training does
+    assert prompt_ids(Letters(), "2+2?") == prompt  # generation starts exactly where training does
     ids, labels = encode_example(Letters(bos_id=0), Example("2+2?", "4"))
     assert ids == [0] + prompt + ords(" 4") + [2]
     assert labels == [-100] * (len(prompt) + 1) + ords(" 4") + [2]
 
 
 def test_alpaca_template_is_tokenised_piece_by_piece():
-    ids, labels = encode_example(Letters(bos_id=0), Example("Add", "4"), "alpaca")      # never a BOS
+    ids, labels = encode_example(Letters(bos_id=0), Example("Add", "4"), "alpaca")  # never a BOS
     system = ords("Below is an instruction that describes a task. "
                   "Write a response that appropriately completes the request.") + [1]
     user = ords("### Instruction:\nAdd\n\n### Response:\n")
@@ -86,7 +92,7 @@ def test_alpaca_template_is_tokenised_piece_by_piece():
 
 def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
     path = write(tmp_path, lines(QA, QA | {"answer": "4" * 50}, QA))
-    length = len("Question: 2+2?\nAnswer: 4") + 1           # + EOS
+    length = len("Question: 2+2?\nAnswer: 4") + 1  # + EOS
     kept, dropped = load_dataset(path, Letters(), max_len=length)
     assert dropped == 1 and kept == [encode_example(Letters(), Example("2+2?", "4"))] * 2
     message = f"none of the 3 examples fits into max_len {length - 1}; the shortest has {length} tokens"
@@ -96,18 +102,20 @@ def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
 
 def test_collate_pads_on_the_right():
     ids, labels = collate([([5, 6, 7], [-100, 6, 7]), ([8], [8])], pad_id=2)
-    assert ids.tolist() == [[5, 6, 7], [8, 2, 2]] and labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert ids.tolist() == [[5, 6, 7],
+                            [8, 2, 2]] and labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert ids.dtype == labels.dtype == torch.int64
 
 
 def test_batch_order_covers_every_epoch_and_depends_on_seed_and_step_alone():
     epoch = [batch_order(10, 4, seed=3, step=step) for step in range(3)]
-    assert [len(batch) for batch in epoch] == [4, 4, 2] and sorted(sum(epoch, [])) == list(range(10))
+    assert [len(batch) for batch in epoch] == [4, 4,
+                                               2] and sorted(sum(epoch, [])) == list(range(10))
     second = [batch_order(10, 4, seed=3, step=step) for step in range(3, 6)]
     assert sorted(sum(second, [])) == list(range(10)) and second != epoch
     assert batch_order(10, 4, seed=3, step=4) == second[1]  # resumed in the middle of an epoch
     assert batch_order(10, 4, seed=4, step=0) != epoch[0]
-    assert sum(epoch, []) != list(range(10))                # shuffled
+    assert sum(epoch, []) != list(range(10))  # shuffled
     assert batch_order(3, 8, seed=0, step=1) != [] and len(batch_order(3, 8, seed=0, step=1)) == 3
 
 
@@ -116,13 +124,14 @@ def test_grouping_by_length_sorts_within_windows_and_keeps_every_example():
     lengths = np.random.default_rng(0).integers(10, 200, n)
     def epoch(seed, of=0, lengths=lengths):
         return [batch_order(n, size, seed, of * 38 + step, lengths) for step in range(38)]
-    def padding(batches):                                   # tokens a batch holds beyond those of its examples
+    def padding(batches):  # tokens a batch holds beyond those of its examples
         return sum(max(lengths[b]) * len(b) - sum(lengths[b]) for b in batches)
     batches = epoch(3)
     assert [len(b) for b in batches] == [4] * 37 + [2] and sorted(sum(batches, [])) == list(range(n))
     assert padding(batches) < 0.3 * padding(epoch(3, lengths=None))
     plain = sum(epoch(3, lengths=None), [])
-    assert set(sum(batches[:16], [])) == set(plain[:64])    # a window is 16 batches of the ordinary order
+    # a window is 16 batches of the ordinary order
+    assert set(sum(batches[:16], [])) == set(plain[:64])
     means = [np.mean(lengths[b]) for b in batches[:16]]
     assert means != sorted(means) and epoch(3) == batches and epoch(4) != batches and epoch(3, of=1) != batches
 
@@ -134,7 +143,7 @@ def test_data_hash(tmp_path):
 
 
 GOOD = json.dumps(QA)
-BAD = [                                                     # file name, content, what the message says
+BAD = [  # file name, content, what the message says
     ("data.jsonl", "", "data.jsonl is empty"),
     ("data.jsonl", "\ufeff \r\n", "data.jsonl is empty"),
     ("data.json", "[]", "the list is empty"),
@@ -143,7 +152,8 @@ BAD = [                                                     # file name, content
      "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
     ("data.jsonl", GOOD.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
     ("data.jsonl", GOOD + "\n\n" + GOOD[:-1],
-     "line 3: not valid JSON (Expecting ',' delimiter at column 35); a .jsonl file has one object a line"),
+     "line 3: not valid JSON (Expecting ',' delimiter at column 35); a .jsonl file has one object "
+     "a line"),
     ("data.jsonl", "[\n" + GOOD + "\n]", "line 1: not valid JSON"),
     ("data.json", "[\n" + GOOD + ",\n{]", "line 3: not valid JSON"),
     ("data.json", GOOD + "\n" + GOOD,
@@ -155,11 +165,16 @@ BAD = [                                                     # file name, content
     ("data.jsonl", '{"question": "a", "text": "b"}',
      "line 1: has the fields 'question', 'text'; needed are question / answer, instruction / output"),
     ("data.jsonl", "{}", "line 1: has the fields (none)"),
-    ("data.jsonl", GOOD + '\n{"question": "a", "answer": 4}', "line 2: answer must be a string, not a number"),
-    ("data.jsonl", '{"question": "a", "answer": true}', "line 1: answer must be a string, not true or false"),
-    ("data.jsonl", '{"question": ["a"], "answer": "b"}', "line 1: question must be a string, not a list"),
-    ("data.jsonl", '{"prompt": "a", "response": null}', "line 1: response must be a string, not null"),
-    ("data.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', "line 1: input must be a string, not a number"),
+    ("data.jsonl", GOOD + '\n{"question": "a", "answer": 4}',
+     "line 2: answer must be a string, not a number"),
+    ("data.jsonl", '{"question": "a", "answer": true}',
+     "line 1: answer must be a string, not true or false"),
+    ("data.jsonl", '{"question": ["a"], "answer": "b"}',
+     "line 1: question must be a string, not a list"),
+    ("data.jsonl", '{"prompt": "a", "response": null}',
+     "line 1: response must be a string, not null"),
+    ("data.jsonl", '{"instruction": "a", "input": 3, "output": "b"}',
+     "line 1: input must be a string, not a number"),
     ("data.jsonl", '{"question": "a", "answer": ""}', "line 1: answer is empty"),
     ("data.jsonl", '{"question": "a", "answer": " \\n"}', "line 1: answer is empty"),
     ("data.jsonl", '{"question": "", "answer": "b"}', "line 1: question is empty"),
@@ -188,7 +203,8 @@ def test_missing_files_folders_and_wrong_choices(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_on_gsm8k_and_dolly():
-    """Counts as published for LLaMA-Factory's template: the system text is 19 tokens, "\\n\\n" is 1116; maximum 569."""
+    """Counts as published for LLaMA-Factory's template: the system text is 19 tokens, "\\n\\n" is
+    1116; maximum 569."""
     if not {"LFU_SMOLLM2", "LFU_DATA"} <= os.environ.keys():
         pytest.skip("set LFU_SMOLLM2 and LFU_DATA to check the templates with real files")
     tokenizer, data = load_tokenizer(os.environ["LFU_SMOLLM2"]), Path(os.environ["LFU_DATA"])

@@ -1,5 +1,5 @@
-"""torchrun with N processes of one micro-batch is one process with N micro-batches, also when the model is sharded: two gloo
-processes on the CPU."""
+"""torchrun with N processes of one micro-batch is one process with N micro-batches, also when the
+model is sharded: two gloo processes on the CPU."""
 import json
 import os
 from pathlib import Path
@@ -11,18 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lfu_min import distributed
-from lfu_min.adapter import load_adapter
-from lfu_min.checkpoint import load_model
-from lfu_min.runs import BUNDLED
+from lfu_min.engine import distributed
+from lfu_min.files.adapter import load_adapter
+from lfu_min.files.checkpoint import load_model
+from lfu_min.bundled import BUNDLED
 
-shards = pytest.mark.skipif(torch.__version__ < (2, 9), reason="--shard on the CPU needs torch 2.9 or newer")
+shards = pytest.mark.skipif(torch.__version__ < (2, 9),
+                            reason="--shard on the CPU needs torch 2.9 or newer")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(tmp_path, name, launcher, *flags):
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), "--device", "cpu", "--batch-size", "4", "--max-steps", "3",
-                           "--aux", "lora", "--alpha", "0.02", "--lr", "3e-3", "--out", str(tmp_path / name), "--ask", "What is 1 + 1?", *flags],
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), "--device", "cpu",
+                           "--batch-size", "4", "--max-steps", "3",
+                           "--aux", "lora", "--alpha", "0.02", "--lr", "3e-3", "--out",
+                           str(tmp_path / name), "--ask", "What is 1 + 1?", *flags],
                           cwd=tmp_path, capture_output=True, text=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] if done.returncode == 0 else []
@@ -33,31 +36,36 @@ def run(tmp_path, name, launcher, *flags):
 def test_two_processes_do_what_one_does_with_two_micro_batches(tmp_path):
     two, log_two = run(tmp_path, "two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])
     one, log_one = run(tmp_path, "one", [], "--accumulate", "2")
-    alone, log_alone = run(tmp_path, "alone", [])                             # the planted mistake: gradients not shared
+    alone, log_alone = run(tmp_path, "alone", [])  # the planted mistake: gradients not shared
     assert two.returncode == one.returncode == alone.returncode == 0, two.stderr + one.stderr
     assert len(log_two) == len(log_one) == 3 and two.stdout.count("saved") == 1
     for a, b in zip(log_two, log_one):
         for name in ("loss", "sft", "consistency", "grad_norm", "tokens", "target_tokens", "lr"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
-    weights = [load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("two", "one", "alone")]
+    weights = [load_file(str(tmp_path / name / "adapter_model.safetensors"))
+               for name in ("two", "one", "alone")]
     for key in weights[0]:
-        # AdamW divides each gradient by its own size, so where it is next to nothing, its rounding becomes a part of a
-        # step (lr 3e-3): the gradients' norms above agree to 1e-4, the weights to 1 % of a step.
+        # AdamW divides each gradient by its own size, so where it is next to nothing, its rounding
+        # becomes a part of a step (lr 3e-3): the gradients' norms above agree to 1e-4, the weights
+        # to 1 % of a step.
         torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-3, atol=3e-5)
-    assert any(not torch.allclose(weights[0][key], weights[2][key], rtol=1e-3, atol=3e-4) for key in weights[0])
+    assert any(not torch.allclose(weights[0][key], weights[2][key], rtol=1e-3, atol=3e-4)
+               for key in weights[0])
 
 
 @pytest.mark.slow
 def test_bad_input_ends_all_processes_with_a_message(tmp_path):
-    done, _ = run(tmp_path, "bad", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], "--lr", "0")
+    done, _ = run(tmp_path, "bad", ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+                  "--lr", "0")
     assert done.returncode != 0 and "error: --lr 0.0 should be a positive number" in done.stderr
     assert not (tmp_path / "bad").exists()
 
 
 GRADIENTS = """
 import sys, torch
-from lfu_min import add_lora, distributed, lfu_backward
-from lfu_min.checkpoint import random_model
+from lfu_min import add_lora, lfu_backward
+from lfu_min.engine import distributed
+from lfu_min.files.checkpoint import random_model
 from lfu_min.model import LlamaConfig
 name, aux, tune, tied, checkpointing = sys.argv[1:]
 model = random_model(LlamaConfig(31, 16, 24, 3, 4, 2, 4, tie_word_embeddings=tied == "tied"), std=0.3, dtype=torch.float64)
@@ -92,15 +100,18 @@ distributed.leave()
 def gradients(tmp_path, name, *settings):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     launcher = [] if name == "one" else ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run([sys.executable, *launcher, "gradients.py", name, *settings], cwd=tmp_path, timeout=300, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, *launcher, "gradients.py", name, *settings],
+                          cwd=tmp_path, timeout=300, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                    "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / f"{name}.pt")
 
 
 @pytest.mark.slow
 def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
-    """Every gradient of an LfU step in float64, before any optimizer: equal up to rounding, and not without the sum."""
+    """Every gradient of an LfU step in float64, before any optimizer: equal up to rounding, and not
+    without the sum."""
     settings = "lora", "lora", "untied", "none"
     one, two, alone = (gradients(tmp_path, name, *settings) for name in ("one", "two", "alone"))
     for name in one:
@@ -110,13 +121,17 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
 
 @pytest.mark.slow
 @shards
-@pytest.mark.parametrize("settings", [("lora", "lora", "tied", "both"), ("reps", "lora", "untied", "first"),
-                                      ("lora", "full", "untied", "none"), ("reps", "full", "tied", "none")],
+@pytest.mark.parametrize("settings",
+                         [("lora", "lora", "tied", "both"), ("reps", "lora", "untied", "first"),
+                                      ("lora", "full", "untied", "none"),
+                          ("reps", "full", "tied", "none")],
                          ids="-".join)
 def test_the_gradients_of_a_sharded_model_are_those_of_a_whole_one(settings, tmp_path):
-    """Three micro-batches on two processes that hold half of the weights each, against one process."""
+    """Three micro-batches on two processes that hold half of the weights each, against one
+    process."""
     one, two = (gradients(tmp_path, name, *settings) for name in ("one", "shard"))
-    worst = max(((two[n] - one[n]).abs().max() / one[n].abs().max().clamp(min=1e-30)).item() for n in one)
+    worst = max(((two[n] - one[n]).abs().max() / one[n].abs().max().clamp(min=1e-30)).item()
+                for n in one)
     print(f"largest difference {worst:.1e}")
     assert one.keys() == two.keys()
     for name in one:
@@ -128,7 +143,9 @@ def test_the_gradients_of_a_sharded_model_are_those_of_a_whole_one(settings, tmp
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_sharded_run_saves_what_an_ordinary_one_saves(tune, tmp_path):
     flags = "--tune", tune, *(["--lr", "1e-4"] if tune == "full" else [])
-    shard, log_shard = run(tmp_path, "shard", ["-m", "torch.distributed.run", "--nproc-per-node", "2"], "--shard", *flags)
+    shard, log_shard = run(tmp_path, "shard",
+                           ["-m", "torch.distributed.run", "--nproc-per-node", "2"], "--shard",
+                           *flags)
     one, log_one = run(tmp_path, "one", [], "--accumulate", "2", *flags)
     assert shard.returncode == one.returncode == 0, shard.stderr + one.stderr
     assert shard.stdout.count("saved") == 1 and shard.stdout.count("before") == 1
@@ -148,12 +165,13 @@ def test_a_sharded_run_saves_what_an_ordinary_one_saves(tune, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
-    """Process 1 is killed at its third step, as by the system when memory runs out; process 0 must not wait forever."""
+    """Process 1 is killed at its third step, as by the system when memory runs out; process 0 must
+    not wait forever."""
     (tmp_path / "dies.py").write_text("""
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import train
-from lfu_min import distributed
+from lfu_min.engine import distributed
 count, add_up_gradients = 0, distributed.add_up_gradients
 def dying(params):
     global count
@@ -164,9 +182,12 @@ def dying(params):
 distributed.add_up_gradients = dying
 train.main(sys.argv[2:])
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "dies.py", str(ROOT),
-                           "--device", "cpu", "--batch-size", "4", "--max-steps", "50", "--out", "run", "--ask", "hello"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                           "dies.py", str(ROOT),
+                           "--device", "cpu", "--batch-size", "4", "--max-steps", "50", "--out",
+                           "run", "--ask", "hello"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     assert "dies.py FAILED" in done.stderr and "Signal 9 (SIGKILL) received" in done.stderr
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -186,7 +207,8 @@ def test_sharding_on_the_cpu_of_an_older_torch_is_refused(monkeypatch):
     for version in ("2.6.0+cu124", "2.8.1"):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
         distributed.check_shard(2, torch.device("cuda"))
-        with pytest.raises(ValueError, match=f"torch 2.9 or newer; this is torch {re.escape(version)}$"):
+        with pytest.raises(ValueError, match="torch 2.9 or newer; this is torch "
+                                             f"{re.escape(version)}$"):
             distributed.check_shard(2, torch.device("cpu"))
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
     distributed.check_shard(2, torch.device("cpu"))

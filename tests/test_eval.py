@@ -1,6 +1,7 @@
-"""Claim: eval.py measures what it says, writes JSON from which every number can be recomputed, draws its pictures, and
-answers bad input with one line and exit status 2 before anything slow starts. Runs the script's main() on the bundled
-model with a few examples; how good the model is does not matter here.
+"""Claim: eval.py measures what it says, writes JSON from which every number can be recomputed,
+draws its pictures, and answers bad input with one line and exit status 2 before anything slow
+starts. Runs the script's main() on the bundled model with a few examples; how good the model is
+does not matter here.
 """
 import importlib.util
 import json
@@ -14,10 +15,11 @@ import torch
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
 import eval as script
-from lfu_min import categories, plots
-from lfu_min.evaluate import Result
-from lfu_min.runs import BUNDLED, ROOT
-from test_eval_robustness import contents, run           # noqa: F401  (run is a fixture)
+from lfu_min.scoring import categories, pictures
+from lfu_min.scoring.measures import Result
+from lfu_min.bundled import BUNDLED
+from lfu_min.engine.system import ROOT
+from test_eval_robustness import contents, run  # noqa: F401  (run is a fixture)
 
 
 def recomputed(outputs, metric):
@@ -41,11 +43,13 @@ def test_the_bundled_table_and_a_run_beside_its_base(run, tmp_path, capsys):
     assert len(out["results"]) == len(flat)
     assert set(out["results"][0]) == {"run", "task", "metric", "value", "stderr", "n"}
     assert {r["run"] for r in flat} == {"base", str(run)}
-    assert {r["task"] for r in flat} == {"word problems", *categories.CATEGORIES, "category mean", "mean rank"}
+    assert {r["task"] for r in flat} == {"word problems", *categories.CATEGORIES, "category mean",
+                                         "mean rank"}
     outputs = {(e["run"], e["task"]): e["outputs"] for e in out["examples"]}
     for r in out["results"]:
         if (r["run"], r["task"]) in outputs:
-            assert r["value"] == pytest.approx(recomputed(outputs[r["run"], r["task"]], r["metric"])) and r["n"] == 3
+            assert r["value"] == pytest.approx(recomputed(outputs[r["run"], r["task"]],
+                                                          r["metric"])) and r["n"] == 3
     shown = capsys.readouterr().out
     assert "word problems" in shown and "(LfU, lora): word problems" in shown and "±" in shown
     assert not picture(tmp_path) or (tmp_path / "out.png").stat().st_size > 10_000
@@ -58,35 +62,41 @@ def test_category_mean_and_ranks_by_hand():
               "b": exact(math=0.8, knowledge=0.5, reasoning=0.3, helpfulness=0.1),
               "c": exact(math=0.7, knowledge=0.6, reasoning=0.1, helpfulness=0.1)}
     categories.add_ranks(by_run)
-    #                                math 1 2 3, knowledge 2.5 2.5 1, reasoning 2 1 3, helpfulness 2 2 2
+    # math 1 2 3, knowledge 2.5 2.5 1, reasoning 2 1 3, helpfulness 2 2 2
     assert [by_run[k][-1].value for k in "abc"] == [7.5 / 4, 7.5 / 4, 9 / 4]
 
 
 def test_runs_that_differ_in_the_seed_alone_become_one_by_hand():
     def subject(name, **settings):
         return script.Subject(name, name, dict(aux="lora", lam=5.0, lr=1e-3, alpha=0.1) | settings)
-    subjects = [script.Subject("base"), subject("a", seed=1), subject("b", seed=2), subject("c", seed=1, aux="none"),
+    subjects = [script.Subject("base"), subject("a", seed=1), subject("b", seed=2),
+                subject("c", seed=1, aux="none"),
                 subject("d", seed=1, alpha=0.3), subject("e", seed=3, lam=0)]
     values = dict(base=0.1, a=0.2, b=0.4, c=0.7, d=0.6, e=0.9)
     by_run = {name: [Result("math", "exact_match", v, 0.01, 50)] for name, v in values.items()}
     merged, seeds = script.over_seeds(by_run, subjects)
-    assert seeds == {"base": [None], "LfU lora alpha 0.1": [1, 2], "SFT lam 5.0": [1], "LfU lora alpha 0.3": [1], "SFT lam 0": [3]}
+    assert seeds == {"base": [None], "LfU lora alpha 0.1": [1, 2], "SFT lam 5.0": [1],
+                     "LfU lora alpha 0.3": [1], "SFT lam 0": [3]}
     (r,), (alone,) = merged["LfU lora alpha 0.1"], merged["SFT lam 5.0"]
-    assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)         # sd of 0.2 and 0.4
+    # sd of 0.2 and 0.4
+    assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)
     assert (alone.value, alone.stderr, alone.n) == (0.7, 0.01, 50)
     assert by_run["a"] == [Result("math", "exact_match", 0.2, 0.01, 50)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--attack", "--attack-steps", "0,2"], ["--wording"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--attack", "--attack-steps", "0,2"], ["--wording"]],
+                         ids=" ".join)
 def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(run, again)
     settings = json.loads((run / "settings.json").read_text())
     (again / "settings.json").write_text(json.dumps(settings | {"seed": 7}))
-    flat = script.main([str(run), str(again), *flags, "--over-seeds", "--limit", "3", "--max-new-tokens", "8", *picture(tmp_path)])
+    flat = script.main([str(run), str(again), *flags, "--over-seeds", "--limit", "3",
+                        "--max-new-tokens", "8", *picture(tmp_path)])
     assert {r["run"] for r in flat} == {"base", "LfU lora"}
     same = [r for r in flat if r["run"] == "LfU lora" and r["metric"] != "rank"]
-    assert all(r["stderr"] == pytest.approx(0, abs=1e-12) for r in same)      # twice the same weights: no spread
+    # twice the same weights: no spread
+    assert all(r["stderr"] == pytest.approx(0, abs=1e-12) for r in same)
     assert f"seeds: LfU lora {settings['seed']}, 7" in capsys.readouterr().out
 
 
@@ -95,9 +105,11 @@ def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
     (["--wording"], ["wording 0", "wording 6 (unseen)", "over wordings"], "wordings"),
     (["--attack", "--attack-steps", "0,2"], ["attack, 0 steps", "attack, 2 steps"], "attack")])
 def test_robustness_flags_on_the_bundled_world(run, flag, tasks_, panel, tmp_path):
-    flat = script.main([str(run), *flag, "--limit", "4", "--max-new-tokens", "8", "--batch-size", "64",
+    flat = script.main([str(run), *flag, "--limit", "4", "--max-new-tokens", "8", "--batch-size",
+                        "64",
                         "--json", str(tmp_path / "out.json"), *picture(tmp_path)])
-    assert set(tasks_) <= {r["task"] for r in flat} and {r["run"] for r in flat} == {"base", str(run)}
+    assert set(tasks_) <= {r["task"] for r in flat} and {r["run"]
+                                                         for r in flat} == {"base", str(run)}
     assert not picture(tmp_path) or (tmp_path / "out.png").stat().st_size > 10_000
     if flag == ["--noise"]:
         layer0 = [r["value"] for r in flat if r["task"] == "layer 0"]
@@ -110,26 +122,31 @@ def test_tasks_on_files_and_the_limit_that_is_said(tmp_path, capsys):
     rows = [json.loads(line) for line in problems.read_text().splitlines()]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows))
     (tmp_path / "lambada.jsonl").write_text('{"text": "Ann has the key"}\n')
-    flat = script.main(["--task", f"gsm8k={tmp_path / 'many.jsonl'}", "--max-new-tokens", "1", "--batch-size", "200",
-                        "--task", f"perplexity={tmp_path / 'text.txt'}", "--task", f"nll={tmp_path / 'many.jsonl'}",
+    flat = script.main(["--task", f"gsm8k={tmp_path / 'many.jsonl'}", "--max-new-tokens", "1",
+                        "--batch-size", "200",
+                        "--task", f"perplexity={tmp_path / 'text.txt'}", "--task",
+                        f"nll={tmp_path / 'many.jsonl'}",
                         "--task", f"lambada={tmp_path / 'lambada.jsonl'}"])
     shown = capsys.readouterr().out
     n = {(r["task"], r["metric"]): r["n"] for r in flat}
     assert n["gsm8k", "strict-match"] == 200 and "the first 200 of 400" in shown
-    assert n["nll", "nll"] == 400 and n["lambada", "acc"] == 1 and n["perplexity", "bits_per_byte"] > 10
+    assert n["nll", "nll"] == 400 and n["lambada",
+                                        "acc"] == 1 and n["perplexity", "bits_per_byte"] > 10
     one_line = script.main(["--task", f"perplexity={tmp_path / 'text.txt'}", "--limit", "1"])
     assert one_line[0]["n"] < n["perplexity", "bits_per_byte"] / 2
 
 
 def test_answers_side_by_side(run, capsys, monkeypatch):
-    shown = script.main([str(run), "--prompt", "What is 3 + 4?", "--max-new-tokens", "5", "--temperature", "0"])
+    shown = script.main([str(run), "--prompt", "What is 3 + 4?", "--max-new-tokens", "5",
+                         "--temperature", "0"])
     assert shown[0][0] == "What is 3 + 4?" and set(shown[0][1]) == {"base", str(run)}
     monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("What is 3 + 4?\n\n"))
     capsys.readouterr()
     script.main([str(run), "--chat", "--max-new-tokens", "5", "--temperature", "0"])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines if line[2:3].strip()][:2] == ["base", str(run)]
-    assert lines[0].strip().split(None, 1)[1:] == ([shown[0][1]["base"].splitlines()[0]] if shown[0][1]["base"] else [])
+    assert lines[0].strip().split(None, 1)[1:] == ([shown[0][1]["base"].splitlines()[0]]
+                                                   if shown[0][1]["base"] else [])
 
 
 def test_curves_of_a_run(run, tmp_path):
@@ -139,7 +156,7 @@ def test_curves_of_a_run(run, tmp_path):
 
 
 def test_two_runs_of_one_name_are_told_apart():
-    assert plots.short_names(["a/x", "b/x", "c/y"]) == {"a/x": "a/x", "b/x": "b/x", "c/y": "y"}
+    assert pictures.short_names(["a/x", "b/x", "c/y"]) == {"a/x": "a/x", "b/x": "b/x", "c/y": "y"}
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -170,7 +187,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments, words, tmp_path, capsys, mo
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["eval.py", *[a.format(**places) for a in arguments]])
     with pytest.raises(SystemExit) as exit_:
-        script.runs.command_line(script.main)
+        script.system.command_line(script.main)
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
@@ -192,7 +209,8 @@ def test_without_matplotlib_there_is_a_clear_message(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_itself_needs_no_arguments():
-    done = subprocess.run([sys.executable, "eval.py"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "eval.py"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600)
     assert done.returncode == 0, done.stderr
     for task in ("word problems", *categories.CATEGORIES, "category mean"):
         assert f"\n{task}" in done.stdout

@@ -1,6 +1,7 @@
-"""Claim: tasks.py gives the numbers of lm-evaluation-harness's definitions. Extraction on hand-made answers, and every
-task on small files against a second computation, with transformers' model and tokenizer, one example at a time.
-Tolerance: 1e-4 nats for log-likelihoods of random fp32 models, equality for everything counted.
+"""Claim: tasks.py gives the numbers of lm-evaluation-harness's definitions. Extraction on hand-made
+answers, and every task on small files against a second computation, with transformers' model and
+tokenizer, one example at a time. Tolerance: 1e-4 nats for log-likelihoods of random fp32 models,
+equality for everything counted.
 """
 import json
 import math
@@ -13,25 +14,27 @@ import pytest
 import torch
 
 from conftest import quiet_transformers, tiny_model, transformers_twin
-from lfu_min import evaluate, tasks
-from lfu_min.runs import BUNDLED, ROOT
-from lfu_min.tokenizer import load_tokenizer
+from lfu_min.scoring import measures, tasks
+from lfu_min.bundled import BUNDLED
+from lfu_min.engine.system import ROOT
+from lfu_min.files.tokenizer import load_tokenizer
 
 BAD = tasks.INVALID
-# reply, strict, flexible: what the harness's two filters take from it, before normalisation; worked out by hand.
+# reply, strict, flexible: what the harness's two filters take from it, before normalisation; worked
+# out by hand.
 ANSWERS = [
     ("#### 18", "18", "18"),
     ("She makes 9 * 2 = 18.\n#### 18", "18", "18"),
-    ("#### 18\n#### 19", "18", "19"),                        # strict takes the first, flexible the last
+    ("#### 18\n#### 19", "18", "19"),  # strict takes the first, flexible the last
     ("#### -5", "-5", "-5"),
     ("#### -5.25", "-5.25", "-5.25"),
     ("#### 3.5", "3.5", "3.5"),
     ("#### 1,000", "1,000", "1,000"),
     ("#### 1,234,567.", "1,234,567.", "1,234,567."),
     ("#### 72.0", "72.0", "72.0"),
-    ("#### $18", BAD, "$18"),                                # strict allows no dollar sign
+    ("#### $18", BAD, "$18"),  # strict allows no dollar sign
     ("#### $18.00", BAD, "$18.00"),
-    ("####18", BAD, "18"),                                   # strict wants the blank
+    ("####18", BAD, "18"),  # strict wants the blank
     ("#### 18 dollars", "18", "18"),
     ("#### 18%", "18", "18"),
     ("### 18", BAD, "18"),
@@ -40,15 +43,15 @@ ANSWERS = [
     ("#### ", BAD, BAD),
     ("", BAD, BAD),
     ("I do not know", BAD, BAD),
-    ("I do not know.", BAD, BAD),                            # one dot is too short for the first pattern
-    ("I do not know...", BAD, "..."),                        # a tail of dots is "a number"
+    ("I do not know.", BAD, BAD),  # one dot is too short for the first pattern
+    ("I do not know...", BAD, "..."),  # a tail of dots is "a number"
     ("The answer is 7", BAD, "7"),
     ("The answer is 7.", BAD, "7."),
     ("The answer is 42...", BAD, "42..."),
     ("The answer is 42 ...", BAD, "..."),
     ("3 + 4 = 7", BAD, "7"),
     ("3+4=7", BAD, "7"),
-    ("10-4", BAD, "-4"),                                     # a minus sign sticks to what follows
+    ("10-4", BAD, "-4"),  # a minus sign sticks to what follows
     ("It costs $5", BAD, "$5"),
     ("It costs $5.", BAD, "$5."),
     ("It costs $1,250.50 in all", BAD, "$1,250.50"),
@@ -62,7 +65,7 @@ ANSWERS = [
     ("-8 degrees", BAD, "-8"),
     ("- 8 degrees", BAD, "8"),
     ("5 and then nothing, .", BAD, "5"),
-    ("5 and then nothing,.", BAD, ",."),                     # punctuation again
+    ("5 and then nothing,.", BAD, ",."),  # punctuation again
     ("price: $", BAD, BAD),
     ("price: $$", BAD, "$$"),
     ("2^10 = 1024", BAD, "1024"),
@@ -71,9 +74,11 @@ ANSWERS = [
 ]
 # given, gold, equal after normalisation
 NORMALISED = [
-    ("18", "so\n#### 18", True), ("18.", "#### 18", True), ("$18", "#### 18", True), ("1,000", "#### 1000", True),
+    ("18", "so\n#### 18", True), ("18.", "#### 18", True), ("$18", "#### 18", True),
+    ("1,000", "#### 1000", True),
     ("1000", "#### 1,000", True), ("$1,000.", "#### 1000", True), ("#### 18", "#### 18", True),
-    ("18.00", "#### 18", False), ("72.0", "#### 72", False), ("-18", "#### 18", False), (BAD, "#### 18", False),
+    ("18.00", "#### 18", False), ("72.0", "#### 72", False), ("-18", "#### 18", False),
+    (BAD, "#### 18", False),
     ("18..", "#### 18", False), ("...", "#### 18", False), ("018", "#### 18", False),
 ]
 
@@ -91,20 +96,25 @@ def test_normalisation(given, gold, equal):
 def test_there_are_enough_hand_made_answers_and_they_would_catch_a_swapped_choice():
     assert len(ANSWERS) >= 40
     assert any(s != f for _, s, f in ANSWERS) and sum(s != BAD for _, s, _ in ANSWERS) > 10
-    last = [re.findall(r"#### (\-?[0-9\.\,]+)", text)[-1:] or [BAD] for text, _, _ in ANSWERS]      # last, not first
+    # last, not first
+    last = [re.findall(r"#### (\-?[0-9\.\,]+)", text)[-1:] or [BAD] for text, _, _ in ANSWERS]
     assert any(wrong[0] != strict for wrong, (_, strict, _) in zip(last, ANSWERS))
 
 
-# ---- readers ---------------------------------------------------------------------------------------------------------
+# ---- readers
 
 PIQA = [dict(goal="add 2 and 3", sol1="5", sol2="it is a dog "),
         dict(goal="name an animal", sol1="red apples", sol2="fox")]
 ARC = [dict(question=dict(stem="Which is blue?", choices=[dict(text=t, label=l) for t, l in zip(
             ("the key", "the sky", "bread"), "ABC")]), answerKey="B"),
-       dict(question="What is 1 + 1?", choices=dict(text=["2", "3", "4", "10"], label=list("1234")), answerKey="1")]
-HELLASWAG = [dict(activity_label="Baking", ctx_a="A man [header] bakes [title] bread.", ctx_b="then HE",
-                  endings=["eats [step] it.", "flies  away.", "sells the   house.", " sings"], label="2")]
-LAMBADA = [dict(text="Ann has the key and gives the key"), dict(text="The dog and the cat see the dog .")]
+       dict(question="What is 1 + 1?", choices=dict(text=["2", "3", "4", "10"],
+                                                    label=list("1234")), answerKey="1")]
+HELLASWAG = [dict(activity_label="Baking", ctx_a="A man [header] bakes [title] bread.",
+                  ctx_b="then HE",
+                  endings=["eats [step] it.", "flies  away.", "sells the   house.", " sings"],
+                  label="2")]
+LAMBADA = [dict(text="Ann has the key and gives the key"),
+           dict(text="The dog and the cat see the dog .")]
 
 
 def written(path, rows):
@@ -123,19 +133,24 @@ def docs(tmp_path):
 
 
 def test_prompts_and_choices_are_the_harnesss(docs):
-    assert docs["piqa"][1] == tasks.Doc("Question: name an animal\nAnswer:", "fox", ("red apples", "fox"), 1)
+    assert docs["piqa"][1] == tasks.Doc("Question: name an animal\nAnswer:", "fox",
+                                        ("red apples", "fox"), 1)
     choices = ("the key", "the sky", "bread")
     assert docs["arc"][0] == tasks.Doc("Question: Which is blue?\nAnswer:", "the sky", choices, 1)
     assert docs["arc"][1].gold == 0 and docs["arc"][1].choices[3] == "10"
-    prompt = "Baking: A man bakes. bread. Then he"        # "[header]" goes, " [title]" is ". ", "  " is " "
-    assert docs["hellaswag"][0] == tasks.Doc(prompt, "sells the  house.", ("eats it.", "flies away.",
+    # "[header]" goes, " [title]" is ". ", "  " is " "
+    prompt = "Baking: A man bakes. bread. Then he"
+    assert docs["hellaswag"][0] == tasks.Doc(prompt, "sells the  house.",
+                                             ("eats it.", "flies away.",
                                                                           "sells the  house.", "sings"), 2)
     assert docs["lambada"][1] == tasks.Doc("The dog and the cat see the dog", ".")
 
 
 @pytest.mark.parametrize("name, rows, labels, words", [
-    ("piqa", PIQA, "0\n", "1 labels"), ("piqa", PIQA, "0\n2\n", "label '2'"), ("piqa", PIQA, None, "no label"),
-    ("piqa", [dict(goal="a", sol1="b")], None, "sol2"), ("arc", [dict(ARC[0], answerKey="E")], None, "answerKey 'E'"),
+    ("piqa", PIQA, "0\n", "1 labels"), ("piqa", PIQA, "0\n2\n", "label '2'"),
+    ("piqa", PIQA, None, "no label"),
+    ("piqa", [dict(goal="a", sol1="b")], None, "sol2"),
+    ("arc", [dict(ARC[0], answerKey="E")], None, "answerKey 'E'"),
     ("lambada", [dict(text="ends in a blank ")], None, "no last word"),
     ("gsm8k", [dict(question="a", answer="5")], None, "####"),
     ("lambada", [], None, "no example"), ("perplexity", [], None, "no text")])
@@ -147,10 +162,12 @@ def test_a_file_that_does_not_fit_is_named(name, rows, labels, words, tmp_path):
         tasks.KINDS[name][0](path, labels and tmp_path / "labels")
 
 
-# ---- parity with transformers ----------------------------------------------------------------------------------------
+# ---- parity with transformers
+# ----------------------------------------------------------------------------------------
 
 class Theirs:
-    """The harness's definitions, spelled out with transformers' model and tokenizer, without batches or padding."""
+    """The harness's definitions, spelled out with transformers' model and tokenizer, without
+    batches or padding."""
 
     def __init__(self, model, tokenizer, limit):
         self.model, self.tokenizer, self.limit = model, tokenizer, limit
@@ -163,7 +180,8 @@ class Theirs:
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
-        whole, ctx = self.tokenizer(context + continuation)["input_ids"], self.tokenizer(context)["input_ids"]
+        whole, ctx = self.tokenizer(context
+                                    + continuation)["input_ids"], self.tokenizer(context)["input_ids"]
         cont = whole[len(ctx):]
         ids = (ctx + cont)[-(self.limit + 1):]
         p = self.logits(ids[:-1]).log_softmax(-1)[-len(cont):]
@@ -172,10 +190,12 @@ class Theirs:
     def generate(self, prompt, new):
         ids = self.tokenizer(prompt)["input_ids"]
         with torch.no_grad():
-            out = self.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            out = self.model.generate(torch.tensor([ids]),
+                                      attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
                                       max_new_tokens=new, do_sample=False, pad_token_id=0,
                                       eos_token_id=self.tokenizer.eos_token_id)[0, len(ids):]
-        text = self.tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(out, skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
         for stop in ("Question:", "</s>", "<|im_end|>"):
             text = text.split(stop)[0]
         return text
@@ -193,7 +213,8 @@ def check_choice(theirs, model, tokenizer, docs, tolerance=1e-4, **options):
     for r, values in zip((acc, acc_norm), zip(*hits)):
         mean = sum(values) / n
         assert r.value == pytest.approx(mean) and r.n == n
-        assert r.stderr == pytest.approx(math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan, nan_ok=True)
+        assert r.stderr == pytest.approx(math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1
+                                         else math.nan, nan_ok=True)
     return acc, acc_norm
 
 
@@ -216,28 +237,32 @@ def test_multiple_choice_equals_transformers(tiny, docs, name):
 
 def test_last_word_equals_transformers(tiny, docs):
     model, tokenizer, theirs = tiny
-    (acc, perplexity), rows = tasks.last_word(model, tokenizer, docs["lambada"], tasks.Options(batch_size=1))
+    (acc, perplexity), rows = tasks.last_word(model, tokenizer, docs["lambada"],
+                                              tasks.Options(batch_size=1))
     expected = [theirs.loglikelihood(doc.prompt, " " + doc.target) for doc in docs["lambada"]]
     assert [row["acc"] for row in rows] == [greedy for _, greedy in expected]
     assert perplexity.value == pytest.approx(math.exp(-sum(ll for ll, _ in expected) / 2), rel=1e-4)
 
 
 def test_a_greedy_match_is_seen(tiny):
-    """LAMBADA's acc on a word that IS what the model would say: every wrong word must fail, this one must not."""
+    """LAMBADA's acc on a word that IS what the model would say: every wrong word must fail, this
+    one must not."""
     model, tokenizer, theirs = tiny
     context = tokenizer.encode("Ann has the key")
     word = theirs.logits(context)[-1].argmax().item()
     pair = [(context, [word]), (context, [(word + 1) % 896]), (context, [word, 5])]
-    greedy = [bool(hit.all()) for _, hit in evaluate.token_nats(model, pair)]
+    greedy = [bool(hit.all()) for _, hit in measures.token_nats(model, pair)]
     assert greedy[:2] == [True, False]
 
 
 def test_the_split_at_the_context_and_the_empty_context(tiny):
     tokenizer = tiny[1]
-    context, continuation = evaluate.split_continuation(tokenizer, "What is 3 + 4?  ", "x")
+    context, continuation = measures.split_continuation(tokenizer, "What is 3 + 4?  ", "x")
     assert context == tokenizer.encode("What is 3 + 4?") and tokenizer.decode(continuation) == "  x"
-    assert evaluate.split_continuation(tokenizer, "", " key") == ([tokenizer.eos_id], tokenizer.encode(" key"))
-    pieces = evaluate.split_continuation(tokenizer, "the mar", "ket")         # one token may span the border
+    assert measures.split_continuation(tokenizer, "",
+                                       " key") == ([tokenizer.eos_id], tokenizer.encode(" key"))
+    # one token may span the border
+    pieces = measures.split_continuation(tokenizer, "the mar", "ket")
     assert pieces[1] == tokenizer.encode("the market")[len(tokenizer.encode("the mar")):]
 
 
@@ -256,7 +281,8 @@ def test_gsm8k_equals_transformers_with_shots_and_stops_at_question(tiny):
 
 def test_shots_are_never_the_question_itself():
     docs = [tasks.Doc(f"q{i}", f"a{i}") for i in range(5)]
-    prompt = lambda i, seed: tasks.with_shots(docs, i, tasks.Options(few_shot=4, seed=seed), lambda d: d.prompt,
+    prompt = lambda i, seed: tasks.with_shots(docs, i, tasks.Options(few_shot=4, seed=seed),
+                                              lambda d: d.prompt,
                                               lambda d: d.target)
     for i in range(5):
         parts = prompt(i, 0).split("\n\n")
@@ -265,10 +291,10 @@ def test_shots_are_never_the_question_itself():
 
 
 def test_standard_errors_by_hand():
-    r = evaluate.mean_result("t", "acc", [1, 0, 0, 1, 1])                     # deviation sqrt(1.2 / 4), n = 5
+    r = measures.mean_result("t", "acc", [1, 0, 0, 1, 1])  # deviation sqrt(1.2 / 4), n = 5
     assert r == ("t", "acc", pytest.approx(0.6), pytest.approx(math.sqrt(0.3 / 5)), 5)
-    assert math.isnan(evaluate.mean_result("t", "acc", [1]).stderr)
-    r = evaluate.ratio_result("t", "nll", [2.0, 3.0, 7.0], [1, 2, 3])         # 12 / 6; residuals 0, -1, 1
+    assert math.isnan(measures.mean_result("t", "acc", [1]).stderr)
+    r = measures.ratio_result("t", "nll", [2.0, 3.0, 7.0], [1, 2, 3])  # 12 / 6; residuals 0, -1, 1
     assert r == ("t", "nll", pytest.approx(2.0), pytest.approx(math.sqrt(2 * 3 / 2) / 6), 3)
 
 
@@ -277,31 +303,36 @@ def test_a_reply_ends_before_a_stop_string_that_spans_tokens(tiny, monkeypatch):
     ids = tokenizer.encode(" 7\nQuestion: What is 1 + 1?")
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, new, stop, finished, **_: [
         ids[:next(k for k in range(1, len(ids) + 1) if finished(ids[:k]))]])
-    assert evaluate.reply(None, tokenizer, [[1]], 99, ("Question:",)) == [" 7\n"]
+    assert measures.reply(None, tokenizer, [[1]], 99, ("Question:",)) == [" 7\n"]
 
 
 def test_nll_is_the_training_loss_of_the_file(tiny):
     """Against lfu_backward's sft: the same tokens, EOS included, the same mean."""
-    from lfu_min import data, lfu_backward
+    from lfu_min import lfu_backward
+    from lfu_min.files import data
     model, tokenizer, _ = tiny
     examples = data.read_examples(BUNDLED / "data" / "word_problems_test.jsonl")[:6]
     for template in data.TEMPLATES:
-        (found,), rows = tasks.nll(model, tokenizer, examples, tasks.Options(template=template, batch_size=4))
+        (found,), rows = tasks.nll(model, tokenizer, examples,
+                                   tasks.Options(template=template, batch_size=4))
         encoded = [data.encode_example(tokenizer, e, template) for e in examples]
         model.requires_grad_(True)
-        sft = lfu_backward(model, *data.collate(encoded, tokenizer.eos_id), aux="none")["sft"].item()
+        sft = lfu_backward(model, *data.collate(encoded, tokenizer.eos_id),
+                           aux="none")["sft"].item()
         model.zero_grad()
         assert found.value == pytest.approx(sft, rel=1e-5)
-        assert found.value == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
+        assert found.value == pytest.approx(sum(r["nats"]
+                                                for r in rows) / sum(r["tokens"] for r in rows))
 
 
-# ---- perplexity ------------------------------------------------------------------------------------------------------
+# ---- perplexity
 
 @pytest.mark.parametrize("n, window, stride",
-                         [(2, 10, 5), (10, 10, 5), (11, 10, 5), (57, 10, 3), (100, 16, 15), (7, 99, 5)])
+                         [(2, 10, 5), (10, 10, 5), (11, 10, 5), (57, 10, 3), (100, 16, 15),
+                          (7, 99, 5)])
 def test_every_token_but_the_first_is_scored_once_with_enough_context(n, window, stride):
     scored = []
-    for begin, first, end in evaluate.windows(n, window, stride):
+    for begin, first, end in measures.windows(n, window, stride):
         assert begin < first and end - begin <= window
         assert begin == 0 or first - begin >= window - stride
         scored += range(first, end)
@@ -312,10 +343,12 @@ def test_perplexity_equals_a_full_context_computation_where_the_text_fits(tiny, 
     model, tokenizer, theirs = tiny
     text = "Ann has the key. The key is red.\nWhat colour has Ann? Größe €\n" * 3
     (tmp_path / "text.txt").write_bytes(text.encode())
-    found, rows = tasks.perplexity(model, tokenizer, tasks.read_lines(tmp_path / "text.txt"), tasks.Options())
+    found, rows = tasks.perplexity(model, tokenizer, tasks.read_lines(tmp_path / "text.txt"),
+                                   tasks.Options())
     ids = theirs.tokenizer(text)["input_ids"]
     assert len(ids) < 256
-    nats = -theirs.logits(ids[:-1]).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    nats = -theirs.logits(ids[:-1]).log_softmax(-1).gather(1,
+                                                           torch.tensor(ids[1:])[:, None]).sum().item()
     assert found[0].n == len(ids) - 1
     assert found[0].value == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert found[1].value == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
@@ -326,24 +359,27 @@ def test_windowed_perplexity_equals_windows_cut_by_hand(tiny):
     model, tokenizer, theirs = tiny
     text = "Ann has the key. The key is red. What colour has Ann? " * 8
     ids = theirs.tokenizer(text)["input_ids"]
-    nats = evaluate.text_nats(model, tokenizer, text, window=32, stride=20)
+    nats = measures.text_nats(model, tokenizer, text, window=32, stride=20)
     expected, end = [], 1
     while end < len(ids):
-        begin = 0 if end == 1 else end - 12                   # window - stride tokens of context for the first new one
+        # window - stride tokens of context for the first new one
+        begin = 0 if end == 1 else end - 12
         stop = min(begin + 32, len(ids))
         p = theirs.logits(ids[begin:stop]).log_softmax(-1)
         expected += [-p[t - 1 - begin, ids[t]].item() for t in range(end, stop)]
         end = stop
     assert len(nats) == len(ids) - 1 and (nats - torch.tensor(expected)).abs().max() < 1e-4
     with pytest.raises(ValueError, match="stride 32"):
-        evaluate.text_nats(model, tokenizer, text, window=32, stride=32)
+        measures.text_nats(model, tokenizer, text, window=32, stride=32)
 
 
-# ---- real weights, real files ----------------------------------------------------------------------------------------
+# ---- real weights, real files
+# ----------------------------------------------------------------------------------------
 
 def harness_gsm8k(theirs, line):
-    """One line of the file: a greedy reply of up to 256 tokens, the two regex filters of the harness's yaml (first
-    match, last match), then exact_match's regexes_to_ignore and ignore_case on both sides."""
+    """One line of the file: a greedy reply of up to 256 tokens, the two regex filters of the
+    harness's yaml (first match, last match), then exact_match's regexes_to_ignore and ignore_case
+    on both sides."""
     record = json.loads(line)
     row = dict(reply=theirs.generate(f"Question: {record['question']}\nAnswer:", 256))
     for name, regex, which in (("strict", r"#### (\-?[0-9\.\,]+)", 0),
@@ -362,16 +398,20 @@ def harness_piqa(theirs, line, label):
     """One line of the file and its line of the labels file."""
     record = json.loads(line)
     choices = [record["sol1"], record["sol2"]]
-    lls = [theirs.loglikelihood(f"Question: {record['goal']}\nAnswer:", " " + choice)[0] for choice in choices]
+    lls = [theirs.loglikelihood(f"Question: {record['goal']}\nAnswer:", " " + choice)[0]
+           for choice in choices]
     norm = [ll / len(choice) for ll, choice in zip(lls, choices)]
     gold = label == "1"
-    return dict(loglikelihoods=lls, acc=(lls[1] > lls[0]) == gold, acc_norm=(norm[1] > norm[0]) == gold)
+    return dict(loglikelihoods=lls, acc=(lls[1] > lls[0]) == gold,
+                acc_norm=(norm[1] > norm[0]) == gold)
 
 
 def windowed_nats(theirs, ids, window=1024, stride=512):
-    """-log p of each token but the first: token t is read in the first of the windows 0, stride, 2 stride, ... that
-    holds it, so behind at least window - stride tokens once the text is that long."""
-    begins = [0 if t < window else ((t - window) // stride + 1) * stride for t in range(1, len(ids))]
+    """-log p of each token but the first: token t is read in the first of the windows 0, stride, 2
+    stride, ... that holds it, so behind at least window - stride tokens once the text is that
+    long."""
+    begins = [0 if t < window else ((t - window) // stride + 1) * stride
+              for t in range(1, len(ids))]
     nats = []
     for begin in sorted(set(begins)):
         scored = [t for t, b in enumerate(begins, 1) if b == begin]
@@ -383,10 +423,11 @@ def windowed_nats(theirs, ids, window=1024, stride=512):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k", "piqa", "perplexity"])
 def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
-    """What `python eval.py --model DIR --task NAME=FILE` prints and writes, example by example. LFU_EXAMPLES=N takes
-    the first N examples of GSM8K (test) or PIQA (validation; it has 1838), or the first N kB of Wikipedia text.
-    Tolerance: equality for replies, extracted numbers and hits; 1e-4 nats a token, 1e-2 a choice (float32 rounding:
-    logits agree far better, torch's float32 cross_entropy of 49,152 classes is 1e-5 too small)."""
+    """What `python eval.py --model DIR --task NAME=FILE` prints and writes, example by example.
+    LFU_EXAMPLES=N takes the first N examples of GSM8K (test) or PIQA (validation; it has 1838), or
+    the first N kB of Wikipedia text. Tolerance: equality for replies, extracted numbers and hits;
+    1e-4 nats a token, 1e-2 a choice (float32 rounding: logits agree far better, torch's float32
+    cross_entropy of 49,152 classes is 1e-5 too small)."""
     path, folder = os.environ.get("LFU_SMOLLM2"), os.environ.get("LFU_DATA")
     if not path or not folder:
         pytest.skip("LFU_SMOLLM2 and LFU_DATA name no folders with the weights and the data files")
@@ -401,7 +442,8 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
         results = main(["--model", path, "--task", f"{name}={file}", "--device", "cpu", "--json",
                         str(tmp_path / "out.json"), *flags])
         [example] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["examples"]
-        return {r["metric"]: r["value"] for r in results}, {r["n"] for r in results}, example["outputs"]
+        return {r["metric"]: r["value"] for r in results}, {r["n"]
+                                                            for r in results}, example["outputs"]
 
     def lines(file):
         return (folder / file).read_text(encoding="utf-8").split("\n")[:n]
@@ -410,7 +452,8 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
         text = (folder / "wikipedia_30.txt").read_bytes()[:1000 * n].decode(errors="ignore")
         (tmp_path / "text.txt").write_bytes(text.encode())
         values, counts, [row] = ours(tmp_path / "text.txt")
-        nats = torch.tensor(windowed_nats(theirs, theirs.tokenizer(text)["input_ids"]), dtype=torch.float64)
+        nats = torch.tensor(windowed_nats(theirs, theirs.tokenizer(text)["input_ids"]),
+                            dtype=torch.float64)
         expected = {"perplexity": math.exp(nats.mean()),
                     "bits_per_byte": nats.sum().item() / math.log(2) / len(text.encode())}
         n, tolerance = len(nats), 1e-4
@@ -419,8 +462,10 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
     else:
         if name == "piqa":
             labels = "piqa_valid_labels.lst"
-            values, counts, found = ours(f"{folder / 'piqa_valid.jsonl'},{folder / labels}", "--limit", str(n))
-            rows = [harness_piqa(theirs, *pair) for pair in zip(lines("piqa_valid.jsonl"), lines(labels), strict=True)]
+            values, counts, found = ours(f"{folder / 'piqa_valid.jsonl'},{folder / labels}",
+                                         "--limit", str(n))
+            rows = [harness_piqa(theirs, *pair)
+                    for pair in zip(lines("piqa_valid.jsonl"), lines(labels), strict=True)]
             keys = {"acc": "acc", "acc_norm": "acc_norm"}
         else:
             values, counts, found = ours(folder / "gsm8k_test.jsonl", "--limit", str(n))
@@ -432,5 +477,6 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
             lls = b.pop("loglikelihoods", [])
             worst = max([worst, *(abs(x - y) for x, y in zip(lls, a.get("loglikelihoods", [])))])
             assert {key: a[key] for key in b} == b, f"example {i}: {a} is not {b}, {lls}"
-    print(f"{name}: n {n}, eval.py {values}, transformers {expected}, largest difference {worst:.1e} nats")
+    print(f"{name}: n {n}, eval.py {values}, transformers {expected}, largest difference "
+          f"{worst:.1e} nats")
     assert counts == {n} and worst < tolerance and values == pytest.approx(expected, rel=5e-5)

@@ -1,9 +1,10 @@
 """Claim: lfu_backward adds the exact gradient of l_SFT + lambda * l_cons, and touches nothing else.
 
-The definition is written out slowly in this file, from the paper's equations: three passes, auxiliary components added
-by hooks, loops over layers, full logits. Largest relative difference, tensor by tensor: 1e-8 in float64, 1e-4 in
-float32, for every auxiliary component, under LoRA and full tuning. Every weight is random, norm gains and LoRA B
-included, and the planted mistakes at the end show that each difference would be seen.
+The definition is written out slowly in this file, from the paper's equations: three passes,
+auxiliary components added by hooks, loops over layers, full logits. Largest relative difference,
+tensor by tensor: 1e-8 in float64, 1e-4 in float32, for every auxiliary component, under LoRA and
+full tuning. Every weight is random, norm gains and LoRA B included, and the planted mistakes at the
+end show that each difference would be seen.
 """
 import contextlib
 import math
@@ -21,14 +22,18 @@ from lfu_min.lora import TARGET_MODULES, add_lora, aux_lora, lora_modules
 from lfu_min.model import Llama, LlamaConfig
 
 AUX = ("lora", "reps", "inplace")
-TUNED = ("lora", "full", "tied")          # a trained LoRA; all weights; all weights with the head tied to the embedding
+# a trained LoRA; all weights; all weights with the head tied to the embedding
+TUNED = ("lora", "full", "tied")
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def tiny(tune="lora", dtype=torch.float64, layers=4, seed=0):
-    """Random weights everywhere (std 0.3, gains around 1), K < H, biases; a LoRA with scaling 3/2 and B nonzero."""
-    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20, num_hidden_layers=layers,
-                              num_attention_heads=4, num_key_value_heads=2, head_dim=4, attention_bias=True,
+    """Random weights everywhere (std 0.3, gains around 1), K < H, biases; a LoRA with scaling 3/2
+    and B nonzero."""
+    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20,
+                              num_hidden_layers=layers,
+                              num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+                              attention_bias=True,
                               mlp_bias=True, tie_word_embeddings=tune == "tied"))
     if tune == "lora":
         add_lora(model, r=2, lora_alpha=3)
@@ -42,7 +47,8 @@ def tiny(tune="lora", dtype=torch.float64, layers=4, seed=0):
 
 
 def tiny_batch(seed=1, B=3, T=9):
-    """Unshifted labels over right-padded rows: prompts and padding are -100; nothing predicts a first token."""
+    """Unshifted labels over right-padded rows: prompts and padding are -100; nothing predicts a
+    first token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(29, (B, T), generator=generator)
     labels = ids.clone()
@@ -51,10 +57,11 @@ def tiny_batch(seed=1, B=3, T=9):
     return ids, labels
 
 
-# ---- the slow definition -------------------------------------------------------------------------------------------
+# ---- the slow definition
 
 class States(nn.Module):
-    """The model as a function ids -> (states of layers 0..L, logits), so that functional_call can swap its weights."""
+    """The model as a function ids -> (states of layers 0..L, logits), so that functional_call can
+    swap its weights."""
 
     def __init__(self, model):
         super().__init__()
@@ -66,11 +73,14 @@ class States(nn.Module):
 
 
 def run(model, ids, weights=None, added=None):
-    """(states, logits) with `weights` for the model's, and `added[name](input)` on top of those modules' outputs."""
+    """(states, logits) with `weights` for the model's, and `added[name](input)` on top of those
+    modules' outputs."""
     hooks = [model.get_submodule(name).register_forward_hook(lambda module, inputs, output, f=f: output + f(inputs[0]))
              for name, f in (added or {}).items()]
     try:
-        return torch.func.functional_call(States(model), {f"model.{n}": w for n, w in (weights or {}).items()}, (ids,))
+        return torch.func.functional_call(States(model),
+                                          {f"model.{n}": w for n, w in (weights or {}).items()},
+                                          (ids,))
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,26 +92,29 @@ def pairs(labels):
     return [(b, t) for b in range(B) for t in range(T - 1) if labels[b, t + 1] != -100]
 
 
-def l_sft(logits, labels, divisor=None):                                                                       # Eq 1
+def l_sft(logits, labels, divisor=None):  # Eq 1
     where = pairs(labels)
     terms = [-F.log_softmax(logits[b, t], -1)[labels[b, t + 1]] for b, t in where]
     return sum(terms, 0 * logits.sum()) / (divisor or max(len(where), 1))
 
 
-def l_cons(h, h_aux, labels, layers):                                # Eq 5, channels averaged; returns a term a layer
+def l_cons(h, h_aux, labels, layers):  # Eq 5, channels averaged; returns a term a layer
     where, D = pairs(labels), h[0].shape[-1]
-    return torch.stack([sum(((h_aux[l][b, t] - h[l][b, t]) ** 2).sum() for b, t in where) / (D * max(len(where), 1))
+    return torch.stack([sum(((h_aux[l][b, t] - h[l][b, t]) ** 2).sum()
+                            for b, t in where) / (D * max(len(where), 1))
                         + 0 * h_aux[l].sum() for l in layers])
 
 
 def drawn(model, generator):
     """{name: A} of the auxiliary LoRA, drawn as documented."""
-    lora = {name: module.lora_A.shape[0] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    lora = {name: module.lora_A.shape[0] for name, module in model.named_modules()
+            if hasattr(module, "lora_A")}
     A = {}
     for name, module in model.named_modules():
         if name in lora or (not lora and name.rpartition(".")[2] in TARGET_MODULES):
             bound = 1 / math.sqrt(module.in_features)
-            A[name] = torch.empty(lora.get(name, 8), module.in_features).uniform_(-bound, bound, generator=generator)
+            A[name] = torch.empty(lora.get(name, 8),
+                                  module.in_features).uniform_(-bound, bound, generator=generator)
             A[name] = A[name].to(module.weight.dtype)
     return A
 
@@ -118,7 +131,8 @@ def zero_aux(model, aux, generator):
         return zero, lambda values: dict(added={n: lambda x, d=d: d for n, d in values.items()})
     A = drawn(model, generator)
     scaling = 3 / 2 if lora_modules(model) else 16 / 8
-    zero = {n: torch.zeros(model.get_submodule(n).out_features, len(a), dtype=dtype) for n, a in A.items()}
+    zero = {n: torch.zeros(model.get_submodule(n).out_features, len(a), dtype=dtype)
+            for n, a in A.items()}
     branch = lambda a, b: lambda x: scaling * (x @ a.T) @ b.T
     return zero, lambda values: dict(added={n: branch(A[n], b) for n, b in values.items()})
 
@@ -127,9 +141,11 @@ def total_norm(tensors):
     return math.sqrt(sum((t.double() ** 2).sum().item() for t in tensors))
 
 
-def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7, divisor=None, ascent_batch=None,
+def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7, divisor=None,
+               ascent_batch=None,
                mistake=None):
-    """({name: gradient}, values, moved th_aux) of Eq 1-6, in three passes. `mistake` plants one error."""
+    """({name: gradient}, values, moved th_aux) of Eq 1-6, in three passes. `mistake` plants one
+    error."""
     layers = list(layers or range(1, model.config.num_hidden_layers + 1))
     th = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -141,7 +157,8 @@ def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7,
     zero, attach = zero_aux(model, aux, torch.Generator().manual_seed(seed))
     start = {n: t.requires_grad_() for n, t in zero.items()}
     ascent_ids, ascent_labels = ascent_batch or (ids, labels)
-    loss = l_sft(run(model, ascent_ids, **attach(start))[1], ascent_labels, divisor if ascent_batch is None else None)
+    loss = l_sft(run(model, ascent_ids, **attach(start))[1], ascent_labels,
+                 divisor if ascent_batch is None else None)
     constant = mistake != "direction not constant"
     g = dict(zip(start, gradient(loss, list(start.values()), create_graph=not constant)))
     norm = total_norm(t.detach() for t in g.values())
@@ -159,7 +176,8 @@ def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7,
         first, second = h, [x.detach() for x in h_aux]
     if mistake == "no detach":
         first = h
-    per_layer = l_cons(first, second, labels, [0, *layers] if mistake == "embedding included" else layers)
+    per_layer = l_cons(first, second, labels,
+                       [0, *layers] if mistake == "embedding included" else layers)
     cons = per_layer.mean()
     if mistake == "SFT at the perturbed model":
         sft = l_sft(logits_aux, labels, divisor)
@@ -170,9 +188,11 @@ def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7,
     cons_grad = [lam * t for t in gradient(cons, where, retain_graph=True)]
     if aux == "inplace" and mistake == "no detach":
         cons_grad = [a + lam * b for a, b in zip(cons_grad, gradient(cons, wrt))]
-    values = dict(sft=sft.item(), consistency=cons.item(), ascent_norm=norm, consistency_per_layer=per_layer.detach(),
+    values = dict(sft=sft.item(), consistency=cons.item(), ascent_norm=norm,
+                  consistency_per_layer=per_layer.detach(),
                   sft_grad_norm=total_norm(sft_grad), consistency_grad_norm=total_norm(cons_grad))
-    return {n: a + b for n, a, b in zip(th, sft_grad, cons_grad)}, values, {n: t.detach() for n, t in moved.items()}
+    return {n: a + b for n, a, b in zip(th, sft_grad,
+                                        cons_grad)}, values, {n: t.detach() for n, t in moved.items()}
 
 
 def fused(model, *args, seed=7, **settings):
@@ -185,14 +205,15 @@ def fused(model, *args, seed=7, **settings):
 def difference(got, expected):
     """max |a - b| / max |b|, the worst tensor."""
     assert got.keys() == expected.keys()
-    return max(((got[n] - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for n, e in expected.items())
+    return max(((got[n] - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
+               for n, e in expected.items())
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-# ---- the gradient ---------------------------------------------------------------------------------------------------
+# ---- the gradient
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("tune", TUNED)
@@ -202,16 +223,18 @@ def test_gradient_and_values_equal_the_definition(aux, tune, dtype):
     expected, values, _ = definition(model, *batch, aux)
     got, result = fused(model, *batch, aux)
     worst = difference(got, expected)
-    print(f"{aux}, {tune}, {dtype}: largest relative difference {worst:.1e}")            # pytest -rP shows it
+    print(f"{aux}, {tune}, {dtype}: largest relative difference {worst:.1e}")  # pytest -rP shows it
     assert worst <= TOLERANCE[dtype]
     for name, value in values.items():
-        torch.testing.assert_close(result[name], torch.as_tensor(value, dtype=dtype), rtol=TOLERANCE[dtype], atol=0)
+        torch.testing.assert_close(result[name], torch.as_tensor(value, dtype=dtype),
+                                   rtol=TOLERANCE[dtype], atol=0)
     assert result["consistency_per_layer"].shape == (4,)
     torch.testing.assert_close(result["consistency_per_layer"].mean(), result["consistency"])
     assert not any(value.requires_grad for value in result.values())
 
 
-@pytest.mark.parametrize("layers, numbers", [("early", [1, 2]), ("middle", [3]), ("late", [4]), ("2-3", [2, 3]),
+@pytest.mark.parametrize("layers, numbers",
+                         [("early", [1, 2]), ("middle", [3]), ("late", [4]), ("2-3", [2, 3]),
                                              ("1-1", [1])])
 @pytest.mark.parametrize("aux", AUX)
 def test_layers_limit_the_consistency_term_alone(aux, layers, numbers):
@@ -232,7 +255,9 @@ def test_layer_groups_are_the_papers():
             list(part) for part in np.array_split(range(1, L + 1), 3)]
 
 
-@pytest.mark.parametrize("layers", ["", "0-2", "3-2", "1-5", "2", "-1", "a-b", "1-2-3", "1.0-2", "Late", None])
+@pytest.mark.parametrize("layers",
+                         ["", "0-2", "3-2", "1-5", "2", "-1", "a-b", "1-2-3", "1.0-2", "Late",
+                          None])
 def test_layers_out_of_range_are_refused(layers):
     with pytest.raises(ValueError, match="within 1-4") as error:
         parse_layers(layers, 4)
@@ -241,7 +266,8 @@ def test_layers_out_of_range_are_refused(layers):
 
 @pytest.mark.parametrize("aux", AUX)
 def test_gradient_equals_finite_differences_on_one_layer(aux):
-    """d/ds of l_SFT(th + s u) + lam * l_cons(h, h'(th_aux + s u)) along a random u: no autograd on the checked side."""
+    """d/ds of l_SFT(th + s u) + lam * l_cons(h, h'(th_aux + s u)) along a random u: no autograd on
+    the checked side."""
     model, (ids, labels) = tiny("full", layers=1), tiny_batch()
     got, _ = fused(model, ids, labels, aux)
     _, _, moved = definition(model, ids, labels, aux)
@@ -258,14 +284,16 @@ def test_gradient_equals_finite_differences_on_one_layer(aux):
             h_aux = run(model, ids, weights={n: m + s * u[n] for n, m in moved.items()})[0]
         else:
             h_aux = run(model, ids, **{"weights": shifted, **attach(moved)})[0]
-        return l_sft(run(model, ids, weights=shifted)[1], labels) + 5.0 * l_cons(h, h_aux, labels, [1]).mean()
+        return l_sft(run(model, ids, weights=shifted)[1],
+                     labels) + 5.0 * l_cons(h, h_aux, labels, [1]).mean()
 
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert sum((got[n] * u[n]).sum() for n in got).item() == pytest.approx(slope.item(), rel=1e-6)
 
 
 def test_steering_on_one_layer_by_hand():
-    """One layer, reps: d is added just before the final norm, so Eq 1-6 are a page of NumPy. No autograd at all."""
+    """One layer, reps: d is added just before the final norm, so Eq 1-6 are a page of NumPy. No
+    autograd at all."""
     model, (ids, labels) = tiny("full", layers=1), tiny_batch()
     model.requires_grad_(False)
     model.model.norm.weight.requires_grad_()
@@ -273,23 +301,25 @@ def test_steering_on_one_layer_by_hand():
     hook = model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     model.hidden_states(ids)
     hook.remove()
-    x = np.stack([seen[0][b, t].detach().numpy() for b, t in pairs(labels)])                    # (N, D) before the norm
+    # (N, D) before the norm
+    x = np.stack([seen[0][b, t].detach().numpy() for b, t in pairs(labels)])
     y = [labels[b, t + 1].item() for b, t in pairs(labels)]
     gain, W, eps, (N, D) = model.model.norm.weight.detach().numpy(), model.lm_head.weight.numpy(), 1e-6, x.shape
-    scale = lambda x: 1 / np.sqrt((x ** 2).mean(1, keepdims=True) + eps)                        # (N, 1)
-    h = gain * x * scale(x)                                                                     # (N, D)
+    scale = lambda x: 1 / np.sqrt((x ** 2).mean(1, keepdims=True) + eps)  # (N, 1)
+    h = gain * x * scale(x)  # (N, D)
     p = np.exp(h @ W.T)
-    p /= p.sum(1, keepdims=True)                                                                # (N, V)
+    p /= p.sum(1, keepdims=True)  # (N, V)
     sft = -np.log(p[range(N), y]).mean()
     p[range(N), y] -= 1
-    dh = p @ W / N                                                                              # d l_SFT / d h
+    dh = p @ W / N  # d l_SFT / d h
     dx = scale(x) * gain * dh - scale(x) ** 3 * x * (x * gain * dh).mean(1, keepdims=True)
-    g = dx.sum(0)                                                                               # d l_SFT / d d_1
+    g = dx.sum(0)  # d l_SFT / d d_1
     moved = x + 0.1 * g / np.linalg.norm(g)
     h_aux = gain * moved * scale(moved)
     gradient = (dh * x * scale(x)).sum(0) + 5 * 2 / (N * D) * ((h_aux - h) * moved * scale(moved)).sum(0)
 
-    model.model.layers.requires_grad_(True)              # reps needs a path to d; the norm's gain is what we compare
+    # reps needs a path to d; the norm's gain is what we compare
+    model.model.layers.requires_grad_(True)
     got, result = fused(model, ids, labels, "reps")
     np.testing.assert_allclose(result["sft"], sft, rtol=1e-12)
     np.testing.assert_allclose(result["ascent_norm"], np.linalg.norm(g), rtol=1e-10)
@@ -297,10 +327,11 @@ def test_steering_on_one_layer_by_hand():
     np.testing.assert_allclose(got["model.norm.weight"], gradient, rtol=1e-9)
 
 
-# ---- the ascent -----------------------------------------------------------------------------------------------------
+# ---- the ascent
 
 def spy(monkeypatch):
-    """Records what every call of lfu.ascend moved: a list of (before, gradient, after, the tensors themselves)."""
+    """Records what every call of lfu.ascend moved: a list of (before, gradient, after, the tensors
+    themselves)."""
     calls, ascend = [], lfu.ascend
 
     def recorded(moved, g, alpha):
@@ -322,9 +353,10 @@ def test_ascent_step_has_length_alpha_and_the_gradients_direction(aux, tune, mon
     step = torch.cat([(a - b).flatten() for a, b in zip(after, before)])
     direction = torch.cat([d.flatten() for d in g])
     assert step.norm().item() == pytest.approx(0.3, rel=1e-10)
-    assert torch.dot(step, direction).item() == pytest.approx(0.3 * values["ascent_norm"], rel=1e-10)  # upwards
+    # upwards
+    assert torch.dot(step, direction).item() == pytest.approx(0.3 * values["ascent_norm"], rel=1e-10)
     assert all(torch.allclose(a, e, rtol=0, atol=1e-11) for a, e in zip(after, expected.values()))
-    if aux != "inplace":                                  # l_cons takes no gradient with respect to th_aux: a constant
+    if aux != "inplace":  # l_cons takes no gradient with respect to th_aux: a constant
         assert all(torch.equal(t.grad, d) for t, d in zip(moved, g))
 
 
@@ -356,13 +388,16 @@ def test_A_is_drawn_in_module_order_within_its_bounds():
         mine, theirs = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
         expected, before = drawn(model, mine), torch.get_rng_state()
         with aux_lora(model, theirs):
-            got = {name: m.aux_A for name, m in model.named_modules() if getattr(m, "aux_A", None) is not None}
-            assert all(m.aux_B.count_nonzero() == 0 for m in model.modules() if getattr(m, "aux_B", None) is not None)
+            got = {name: m.aux_A for name, m in model.named_modules()
+                   if getattr(m, "aux_A", None) is not None}
+            assert all(m.aux_B.count_nonzero() == 0 for m in model.modules()
+                       if getattr(m, "aux_B", None) is not None)
         assert list(got) == list(expected) and equal(got, expected)
         assert len(got) == 4 * 7
         assert all(a.abs().max() <= a.shape[1] ** -0.5 for a in got.values())
         lfu_backward(model, *tiny_batch(), "lora", generator=torch.Generator().manual_seed(3))
-        assert torch.equal(torch.get_rng_state(), before)                 # paired runs: the global generator stays put
+        # paired runs: the global generator stays put
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_gradient_no_step():
@@ -384,22 +419,26 @@ def test_ascent_on_another_batch(aux):
     assert difference(fused(model, *batch, aux)[0], expected) > 1e-3
 
 
-# ---- what the call leaves behind -------------------------------------------------------------------------------------
+# ---- what the call leaves behind
+# -------------------------------------------------------------------------------------
 
 def footprint(model):
     """Everything a call could leave behind, but .grad."""
     return dict(types=[type(m) for m in model.modules()], keys=list(model.state_dict()),
                 hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
                 tensor_hooks=[len(p._backward_hooks or ()) for p in model.parameters()],
-                aux=[getattr(m, name, None) for m in model.modules() for name in ("aux_A", "aux_B")],
-                ids=[id(p) for p in model.parameters()], trained=[p.requires_grad for p in model.parameters()])
+                aux=[getattr(m, name, None) for m in model.modules()
+                     for name in ("aux_A", "aux_B")],
+                ids=[id(p) for p in model.parameters()],
+                trained=[p.requires_grad for p in model.parameters()])
 
 
 @pytest.mark.parametrize("failing", [None, "sft_backward", "ascend", "squared_difference"])
 @pytest.mark.parametrize("tune", TUNED)
 @pytest.mark.parametrize("aux", AUX)
 def test_weights_are_untouched_and_nothing_is_left_behind(aux, tune, failing, monkeypatch):
-    """Bit for bit, also when an exception leaves the function halfway: before, in, and after the ascent."""
+    """Bit for bit, also when an exception leaves the function halfway: before, in, and after the
+    ascent."""
     model, batch = tiny(tune, torch.float32), tiny_batch()
     weights, before = {n: w.clone() for n, w in model.state_dict().items()}, footprint(model)
     if failing:
@@ -428,19 +467,22 @@ def test_gradients_add_to_what_is_there(aux):
     assert difference(second, first) > 0.1
 
 
-# ---- plain SFT, divisors, missing targets ----------------------------------------------------------------------------
+# ---- plain SFT, divisors, missing targets
+# ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("tune", TUNED)
 def test_lambda_zero_and_no_aux_are_plain_sft(tune, dtype):
-    """Bit for bit the gradient of F.cross_entropy on the supervised positions' logits, and of one another."""
+    """Bit for bit the gradient of F.cross_entropy on the supervised positions' logits, and of one
+    another."""
     model, (ids, labels) = tiny(tune, dtype), tiny_batch()
     b, t = map(list, zip(*pairs(labels)))
     logits = model.lm_head(model.hidden_states(ids)[-1][b, t])
     loss = F.cross_entropy(logits, labels[b, [i + 1 for i in t]], reduction="sum") / len(b)
     loss.backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    for settings in (dict(aux="none"), dict(aux="none", lam=0.0), *(dict(aux=aux, lam=0.0) for aux in AUX)):
+    for settings in (dict(aux="none"), dict(aux="none", lam=0.0),
+                     *(dict(aux=aux, lam=0.0) for aux in AUX)):
         got, result = fused(model, ids, labels, **settings)
         assert equal(got, plain) and torch.equal(result["sft"], loss.detach())
         assert result["consistency"] == result["ascent_norm"] == result["consistency_grad_norm"] == 0
@@ -448,7 +490,8 @@ def test_lambda_zero_and_no_aux_are_plain_sft(tune, dtype):
         assert result["sft_grad_norm"].item() == pytest.approx(total_norm(plain.values()), rel=1e-5)
     model.zero_grad()
     F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    assert difference(plain, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}) <= TOLERANCE[dtype]
+    assert difference(plain, {n: p.grad for n, p in model.named_parameters()
+                              if p.grad is not None}) <= TOLERANCE[dtype]
 
 
 def test_labels_follow_transformers():
@@ -464,13 +507,15 @@ def test_labels_follow_transformers():
     loss = reference(input_ids=ids, labels=labels).loss
     loss.backward()
     got, result = fused(model, ids, labels, aux="none")
-    assert result["sft"].item() == pytest.approx(loss.item(), rel=1e-6)          # transformers' softmax is float32
+    # transformers' softmax is float32
+    assert result["sft"].item() == pytest.approx(loss.item(), rel=1e-6)
     assert difference(got, {n: p.grad for n, p in reference.named_parameters()}) <= 1e-5
 
 
 @pytest.mark.parametrize("aux", AUX)
 def test_accumulation_over_micro_batches(aux):
-    """num_target_tokens = the step's count and lam / k: l_SFT is the token mean, l_cons the mean over micro-batches."""
+    """num_target_tokens = the step's count and lam / k: l_SFT is the token mean, l_cons the mean
+    over micro-batches."""
     model, batches = tiny(), [tiny_batch(1), tiny_batch(2, B=2, T=7), tiny_batch(3, B=2)]
     total = sum(len(pairs(labels)) for _, labels in batches)
     model.zero_grad()
@@ -483,9 +528,11 @@ def test_accumulation_over_micro_batches(aux):
         expected_sft += values["sft"]
         expected = {n: g + expected.get(n, 0) for n, g in gradient.items()}
         assert result["ascent_norm"].item() == pytest.approx(values["ascent_norm"], rel=1e-10)
-    assert difference({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected) <= 1e-8
+    assert difference({n: p.grad for n, p in model.named_parameters() if p.requires_grad},
+                      expected) <= 1e-8
     assert sft == pytest.approx(expected_sft, rel=1e-10)
-    mean = sum(l_sft(model(ids), labels).item() * len(pairs(labels)) for ids, labels in batches) / total
+    mean = sum(l_sft(model(ids), labels).item() * len(pairs(labels))
+               for ids, labels in batches) / total
     assert sft == pytest.approx(mean, rel=1e-10)
 
 
@@ -498,7 +545,7 @@ def test_micro_batch_without_targets_contributes_nothing(aux, tune):
     for nothing, total in ((torch.full_like(labels, -100), None), (only_the_first_token, 5)):
         result = lfu_backward(model, ids, nothing, aux, num_target_tokens=total)
         assert equal({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, before)
-        assert all(value.count_nonzero() == 0 for value in result.values())              # nan counts as nonzero
+        assert all(value.count_nonzero() == 0 for value in result.values())  # nan counts as nonzero
     got, _ = fused(model, ids, torch.full_like(labels, -100), aux)
     assert got.keys() == before.keys() and all(g.count_nonzero() == 0 for g in got.values())
 
@@ -513,7 +560,8 @@ def test_row_without_targets_and_padding_change_nothing(aux):
     assert difference(fused(model, *padded, aux)[0], got) <= 1e-10
 
 
-# ---- the same numbers by other roads ---------------------------------------------------------------------------------
+# ---- the same numbers by other roads
+# ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tune", TUNED)
 @pytest.mark.parametrize("aux", AUX)
@@ -541,7 +589,8 @@ def test_activation_checkpointing_gives_the_same(aux, tune):
 
 @pytest.mark.parametrize("aux", AUX)
 def test_a_second_pass_that_is_not_recomputed_gives_the_same_in_five_forwards_for_six(aux):
-    """Of a block: with checkpointing SFT is two forwards and a backward; LfU twice that, or once that and 1 + 1."""
+    """Of a block: with checkpointing SFT is two forwards and a backward; LfU twice that, or once
+    that and 1 + 1."""
     model, batch = tiny("lora", torch.float32), tiny_batch()
     plain, result = fused(model, *batch, aux)
     model.activation_checkpointing = True
@@ -549,16 +598,19 @@ def test_a_second_pass_that_is_not_recomputed_gives_the_same_in_five_forwards_fo
     hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
     got, again = fused(model, *batch, aux, recompute=False)
     hook.remove()
-    assert len(calls) == 3 and difference(got, plain) <= 1e-6                 # 4 if the second pass were recomputed
+    # 4 if the second pass were recomputed
+    assert len(calls) == 3 and difference(got, plain) <= 1e-6
     for name in result:
         torch.testing.assert_close(again[name], result[name])
 
 
 def test_restoring_before_the_backward_is_not_exact():
-    """Why step 5 comes before 6: the authors' order (perturb, forward, restore, backward) mixes two sets of weights."""
+    """Why step 5 comes before 6: the authors' order (perturb, forward, restore, backward) mixes two
+    sets of weights."""
     model, (ids, labels) = tiny("full"), tiny_batch()
     exact = {n: g - s for (n, g), s in zip(definition(model, ids, labels, "inplace")[0].items(),
-                                           definition(model, ids, labels, "inplace", lam=0.0)[0].values())}
+                                           definition(model, ids, labels, "inplace",
+                                                      lam=0.0)[0].values())}
     moved = definition(model, ids, labels, "inplace")[2]
     h = [state.detach() for state in run(model, ids)[0]]
     for checkpointing in (False, True):
@@ -567,7 +619,7 @@ def test_restoring_before_the_backward_is_not_exact():
             model.activation_checkpointing = checkpointing
             th = {n: p.detach().clone() for n, p in model.named_parameters()}
             for n, p in model.named_parameters():
-                p.data.copy_(moved[n])                                    # .data: autograd does not notice
+                p.data.copy_(moved[n])  # .data: autograd does not notice
             loss = 5.0 * l_cons(h, model.hidden_states(ids), labels, [1, 2, 3, 4]).mean()
             if not restore_first:
                 loss.backward()
@@ -580,10 +632,11 @@ def test_restoring_before_the_backward_is_not_exact():
             assert worst > 1e-3 if restore_first else worst <= 1e-8
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings
 
 @pytest.mark.parametrize("settings, word", [
-    (dict(aux="sam"), "sam"), (dict(aux=None), "None"), (dict(lam=-1.0), "-1"), (dict(lam=float("nan")), "nan"),
+    (dict(aux="sam"), "sam"), (dict(aux=None), "None"), (dict(lam=-1.0), "-1"),
+    (dict(lam=float("nan")), "nan"),
     (dict(lam=float("inf")), "inf"), (dict(alpha=-0.1), "-0.1"), (dict(alpha=float("nan")), "nan"),
     (dict(alpha=float("inf")), "inf"), (dict(layers="5-6"), "5-6"), (dict(layers="top"), "top")])
 def test_settings_out_of_range_are_refused_in_one_line(settings, word):
@@ -601,17 +654,21 @@ def test_a_frozen_model_is_refused():
             lfu_backward(model, *tiny_batch(), aux)
 
 
-# ---- planted mistakes: what the tests above would see ----------------------------------------------------------------
+# ---- planted mistakes: what the tests above would see
+# ----------------------------------------------------------------
 
-DEFINITION_MISTAKES = ("detach on the other side", "no detach", "embedding included", "SFT at the perturbed model",
+DEFINITION_MISTAKES = ("detach on the other side", "no detach", "embedding included",
+                       "SFT at the perturbed model",
                        "direction not constant")
 
 
-@pytest.mark.parametrize("aux, mistake", [(aux, mistake) for aux in AUX for mistake in DEFINITION_MISTAKES
-                                          if (aux, mistake) != ("inplace", "direction not constant")])    # no such path
+@pytest.mark.parametrize("aux, mistake",
+                         [(aux, mistake) for aux in AUX for mistake in DEFINITION_MISTAKES
+                                          # no such path
+                                          if (aux, mistake) != ("inplace", "direction not constant")])
 def test_planted_mistake_in_the_definition_is_seen(aux, mistake):
     model, batch = tiny("full"), tiny_batch()
-    with sdpa_kernel(SDPBackend.MATH):                                    # the only one with a second derivative
+    with sdpa_kernel(SDPBackend.MATH):  # the only one with a second derivative
         wrong, _, _ = definition(model, *batch, aux, mistake=mistake)
     assert difference(fused(model, *batch, aux)[0], wrong) > 1e-3
 
@@ -639,7 +696,8 @@ def positions_of_the_labels(labels, device, supervised=lfu.supervised):
     return positions + 1, targets
 
 
-CODE_MISTAKES = {"ascend": (descent, one_norm_a_tensor, not_normalised), "squared_difference": (channels_summed,),
+CODE_MISTAKES = {"ascend": (descent, one_norm_a_tensor, not_normalised),
+                 "squared_difference": (channels_summed,),
                  "supervised": (positions_of_the_labels,)}
 
 
@@ -656,20 +714,25 @@ def test_an_exception_keeps_the_gradients_of_earlier_micro_batches(monkeypatch):
     model, (ids, labels) = tiny(), tiny_batch()
     lfu_backward(model, ids, labels, aux="inplace")
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    monkeypatch.setattr(lfu, "ascend", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(lfu, "ascend",
+                        lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         lfu_backward(model, ids, labels, aux="inplace")
-    assert before and all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in before.items())
+    assert before and all(torch.equal(model.get_parameter(name).grad, grad)
+                          for name, grad in before.items())
 
 
 def test_weights_the_consistency_cannot_reach_get_the_sft_gradient_alone():
-    """Only the head trained: no state depends on it. Only block 4 trained, layers 1-1 compared: nothing below to pull."""
+    """Only the head trained: no state depends on it. Only block 4 trained, layers 1-1 compared:
+    nothing below to pull."""
     ids, labels = tiny_batch()
-    for trained, settings in (("lm_head", dict(aux="reps")), ("layers.3.mlp.up_proj", dict(aux="reps", layers="1-1"))):
+    for trained, settings in (("lm_head", dict(aux="reps")),
+                              ("layers.3.mlp.up_proj", dict(aux="reps", layers="1-1"))):
         grads = []
         for aux in (settings["aux"], "none"):
             model = tiny("full").requires_grad_(False)
-            p = model.get_parameter(next(n for n, _ in model.named_parameters() if trained in n)).requires_grad_()
+            p = model.get_parameter(next(n for n, _ in model.named_parameters()
+                                         if trained in n)).requires_grad_()
             lfu_backward(model, ids, labels, **{**settings, "aux": aux})
             grads.append(p.grad)
         assert grads[0].abs().max() > 0 and torch.allclose(grads[0], grads[1], rtol=1e-12, atol=0)

@@ -1,7 +1,9 @@
-"""LoRA here is LoRA in peft: same function, same gradients, same files, in both directions; and the base is left alone.
+"""LoRA here is LoRA in peft: same function, same gradients, same files, in both directions; and the
+base is left alone.
 
-Tolerance against peft: max|a - b| / max|b| <= 1e-5 in float32, base weights and LoRA's A and B all random. What must
-not change at all (base weights, a switched-off adapter, a fresh one) is compared bit for bit.
+Tolerance against peft: max|a - b| / max|b| <= 1e-5 in float32, base weights and LoRA's A and B all
+random. What must not change at all (base weights, a switched-off adapter, a fresh one) is compared
+bit for bit.
 """
 import dataclasses
 import json
@@ -12,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from conftest import difference, next_token_loss, quiet_transformers, random_ids, tiny_model, transformers_twin
-from lfu_min.adapter import export_merged, load_adapter, merged_state_dict, save_adapter
-from lfu_min.checkpoint import load_model, save_model
+from lfu_min.files.adapter import export_merged, load_adapter, merged_state_dict, save_adapter
+from lfu_min.files.checkpoint import load_model, save_model
 from lfu_min.lora import TARGET_MODULES, LoRALinear, add_lora, aux_lora, lora_disabled, lora_modules, remove_lora
 
 SETTINGS = {"r 8, alpha 16": {}, "r 3, alpha 1": {"r": 3, "lora_alpha": 1},
@@ -39,7 +41,8 @@ def quiet_peft():
 
 
 def peft_config(peft, r=8, lora_alpha=16, target_modules=TARGET_MODULES):
-    return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(target_modules), task_type="CAUSAL_LM")
+    return peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(target_modules),
+                           task_type="CAUSAL_LM")
 
 
 def pair(settings, **changes):
@@ -54,7 +57,7 @@ def pair(settings, **changes):
         for name, p in theirs.named_parameters():
             if "lora_" in name:
                 p.copy_(state.pop(name))
-    assert not state                                                         # the same modules carry an adapter
+    assert not state  # the same modules carry an adapter
     return ours, theirs
 
 
@@ -74,7 +77,7 @@ def test_logits_equal_peft(settings):
     assert difference(logits_of(ours, ids), logits_of(theirs, ids)) <= 1e-5
     with lora_disabled(ours), theirs.disable_adapter():
         assert difference(logits_of(ours, ids), logits_of(theirs, ids)) <= 1e-5
-    for _, module in lora_modules(ours):                                     # teeth: alpha not divided by r
+    for _, module in lora_modules(ours):  # teeth: alpha not divided by r
         module.lora_alpha *= module.r
     assert difference(logits_of(ours, ids), logits_of(theirs, ids)) > 1e-3
 
@@ -104,13 +107,15 @@ def test_biases_and_tied_head_equal_peft():
 
 @every_setting
 def test_our_adapter_in_peft(tmp_path, settings):
-    """The exact keys, shapes and dtypes peft saves for the same model; loaded there, the same logits."""
+    """The exact keys, shapes and dtypes peft saves for the same model; loaded there, the same
+    logits."""
     peft = quiet_peft()
     ours, theirs = pair(settings)
     save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key])
+                                        and a[key].dtype == b[key].dtype for key in a)
     assert len(a) == 2 * 3 * len(settings.get("target_modules", TARGET_MODULES))
     loaded = peft.PeftModel.from_pretrained(transformers_twin(tiny_model()), str(tmp_path / "ours"))
     assert isinstance(loaded, peft.PeftModelForCausalLM)
@@ -124,7 +129,8 @@ def test_saved_keys_are_peft_keys_by_name(tmp_path):
     for i in range(3):
         for module, n_in, n_out in (("self_attn.q_proj", 32, 64), ("self_attn.k_proj", 32, 32),
                                     ("self_attn.v_proj", 32, 32), ("self_attn.o_proj", 64, 32),
-                                    ("mlp.gate_proj", 32, 48), ("mlp.up_proj", 32, 48), ("mlp.down_proj", 48, 32)):
+                                    ("mlp.gate_proj", 32, 48), ("mlp.up_proj", 32, 48),
+                                    ("mlp.down_proj", 48, 32)):
             expected[f"base_model.model.model.layers.{i}.{module}.lora_A.weight"] = (4, n_in)
             expected[f"base_model.model.model.layers.{i}.{module}.lora_B.weight"] = (n_out, 4)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -134,19 +140,24 @@ def test_saved_keys_are_peft_keys_by_name(tmp_path):
 
 @every_setting
 def test_adapter_config_is_what_peft_saves(tmp_path, settings):
-    """Each field is one of peft's with peft's value, and peft reads ours and its own as the same configuration."""
+    """Each field is one of peft's with peft's value, and peft reads ours and its own as the same
+    configuration."""
     peft = quiet_peft()
     ours, theirs = pair(settings)
     save_adapter(ours, tmp_path / "ours", base_model_name_or_path="some/model")
     theirs.save_pretrained(tmp_path / "theirs")
-    a, b = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    a, b = (json.loads((tmp_path / who / "adapter_config.json").read_text())
+            for who in ("ours", "theirs"))
     b["base_model_name_or_path"] = "some/model"
     assert set(a.pop("target_modules")) == set(b.pop("target_modules"))
     assert a == {name: b[name] for name in a}
-    for name in ("r", "lora_alpha", "peft_type", "task_type", "bias", "use_rslora", "use_dora", "lora_dropout",
-                 "fan_in_fan_out", "inference_mode", "init_lora_weights", "base_model_name_or_path"):
+    for name in ("r", "lora_alpha", "peft_type", "task_type", "bias", "use_rslora", "use_dora",
+                 "lora_dropout",
+                 "fan_in_fan_out", "inference_mode", "init_lora_weights",
+                 "base_model_name_or_path"):
         assert name in a
-    read = [dataclasses.asdict(peft.LoraConfig.from_pretrained(str(tmp_path / who))) for who in ("ours", "theirs")]
+    read = [dataclasses.asdict(peft.LoraConfig.from_pretrained(str(tmp_path / who)))
+            for who in ("ours", "theirs")]
     for config in read:
         for name in ("base_model_name_or_path", "peft_version", "auto_mapping"):
             config.pop(name, None)
@@ -166,7 +177,7 @@ def test_peft_adapter_here(tmp_path, settings):
 def test_an_adapter_saved_and_loaded_here_is_the_same_and_trainable(tmp_path):
     ours = with_random_lora(tiny_model(), r=5, lora_alpha=3)
     save_adapter(ours, tmp_path)
-    loaded = with_random_lora(tiny_model(), seed=9)                          # a LoRA on the model is replaced
+    loaded = with_random_lora(tiny_model(), seed=9)  # a LoRA on the model is replaced
     assert load_adapter(loaded, tmp_path) is loaded
     assert torch.equal(logits_of(loaded, random_ids()), logits_of(ours, random_ids()))
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
@@ -181,7 +192,8 @@ def test_target_modules_may_be_a_pattern_and_keys_peft_in_memory_names(tmp_path,
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({key.replace(".weight", ".default.weight"): t for key, t in tensors.items()},
               tmp_path / "adapter_model.safetensors")
-    assert torch.equal(logits_of(load_adapter(tiny_model(), tmp_path), random_ids()), logits_of(ours, random_ids()))
+    assert torch.equal(logits_of(load_adapter(tiny_model(), tmp_path), random_ids()),
+                       logits_of(ours, random_ids()))
 
 
 # ---- adapters that do not fit ----
@@ -196,14 +208,19 @@ def edit_config(folder, **changes):
     ({"peft_type": "LOHA"}, "peft_type 'LOHA'"), ({"peft_type": "absent"}, "peft_type None"),
     ({"use_dora": True}, "use_dora = True"), ({"use_rslora": True}, "use_rslora = True"),
     ({"bias": "all"}, "bias = 'all'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"lora_alpha": "absent"}, "lacks lora_alpha"), ({"r": "absent"}, "lacks r"),
     ({"target_modules": "absent"}, "lacks target_modules"),
     ({"r": 4}, "lora_A.weight has shape (8, 32), expected (4, 32)"),
-    ({"target_modules": ["q_proj", "v_proj"]}, "unexpected base_model.model.model.layers.0.mlp.down_proj.lora_A"),
-    ({"target_modules": ["embed_tokens"]}, "target_modules ['embed_tokens']"), ({"target_modules": 5}, "target_modules 5"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"target_modules": ["q_proj", "v_proj"]},
+     "unexpected base_model.model.model.layers.0.mlp.down_proj.lora_A"),
+    ({"target_modules": ["embed_tokens"]}, "target_modules ['embed_tokens']"),
+    ({"target_modules": 5}, "target_modules 5"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"use_qalora": True}, "use_qalora = True"), ({"lora_alpha": "16"}, "lora_alpha = '16'"),
     ({"lora_alpha": -16}, "lora_alpha = -16"),
 ], ids=lambda value: "" if isinstance(value, str) else "-".join(value))
@@ -216,7 +233,8 @@ def test_adapters_of_another_kind_are_refused_by_name_and_the_model_left_alone(t
         load_adapter(model, tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name])
+                                                 for name in before)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path):
@@ -229,11 +247,13 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError) as error:
         load_adapter(tiny_model(), tmp_path)
-    for words in ("missing " + prefix + "1.mlp.up_proj.lora_B.weight", "unexpected " + prefix + "7.mlp.up_proj.lora_B",
+    for words in ("missing " + prefix + "1.mlp.up_proj.lora_B.weight",
+                  "unexpected " + prefix + "7.mlp.up_proj.lora_B",
                   "q_proj.lora_A.weight has shape (8, 31), expected (8, 32)"):
         assert words in str(error.value)
     save_adapter(with_random_lora(tiny_model(num_hidden_layers=2)), tmp_path)
-    with pytest.raises(ValueError, match="missing base_model.*; and 10 more$"):       # another model's adapter
+    # another model's adapter
+    with pytest.raises(ValueError, match="missing base_model.*; and 10 more$"):
         load_adapter(tiny_model(), tmp_path)
 
 
@@ -253,30 +273,33 @@ def test_absent_files_are_named(tmp_path):
 # ---- the start ----
 
 def test_A_is_uniform_within_one_over_sqrt_in_as_in_peft():
-    """Kolmogorov-Smirnov distance to the uniform distribution, and the bound itself, for ours and peft's."""
+    """Kolmogorov-Smirnov distance to the uniform distribution, and the bound itself, for ours and
+    peft's."""
     def check(A, n_in):
         bound = n_in ** -0.5
-        values = (A.detach().flatten() / bound).sort().values                # within +-1
+        values = (A.detach().flatten() / bound).sort().values  # within +-1
         assert values.abs().max() <= 1 and values.abs().max() > 0.99
         uniform = (torch.arange(len(values)) + 0.5) / len(values) * 2 - 1
         return (values - uniform).abs().max().item() / 2 * math.sqrt(len(values))
 
     big = tiny_model(hidden_size=128, num_hidden_layers=1)
     module = add_lora(big, r=64, generator=torch.Generator().manual_seed(0)).model.layers[0].self_attn.q_proj
-    assert check(module.lora_A, 128) < 1.63                                  # 1 % level
-    assert check(torch.randn(64, 128).clamp(-1, 1) * 128 ** -0.5, 128) > 1.63        # teeth: not uniform
+    assert check(module.lora_A, 128) < 1.63  # 1 % level
+    assert check(torch.randn(64, 128).clamp(-1, 1) * 128 ** -0.5, 128) > 1.63  # teeth: not uniform
     peft = quiet_peft()
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(transformers_twin(hidden_size=128, num_hidden_layers=1), peft_config(peft, r=64))
+    theirs = peft.get_peft_model(transformers_twin(hidden_size=128, num_hidden_layers=1),
+                                 peft_config(peft, r=64))
     A = theirs.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
     assert check(A, 128) < 1.63
 
 
 def test_A_is_drawn_from_the_generator_in_the_order_of_named_modules():
-    """With float32 uniform_(-1/sqrt(in), 1/sqrt(in)): a run can be repeated from its seed, by hand too."""
+    """With float32 uniform_(-1/sqrt(in), 1/sqrt(in)): a run can be repeated from its seed, by hand
+    too."""
     model, state = tiny_model(), torch.get_rng_state()
     add_lora(model, r=4, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(torch.get_rng_state(), state)                         # the global generator is not touched
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
     expected, generator = {}, torch.Generator().manual_seed(3)
     for name, module in tiny_model().named_modules():
         if name.endswith("_proj"):
@@ -284,7 +307,8 @@ def test_A_is_drawn_from_the_generator_in_the_order_of_named_modules():
             expected[name] = torch.empty(4, module.in_features).uniform_(-bound, bound, generator=generator)
     assert [name for name, _ in lora_modules(model)] == list(expected)
     assert all(torch.equal(module.lora_A, expected[name]) for name, module in lora_modules(model))
-    double = add_lora(tiny_model(dtype=torch.float64), r=4, generator=torch.Generator().manual_seed(3))
+    double = add_lora(tiny_model(dtype=torch.float64), r=4,
+                      generator=torch.Generator().manual_seed(3))
     assert all(m.lora_A.dtype is torch.float64 and torch.equal(m.lora_A, expected[name].double())
                for name, m in lora_modules(double))
 
@@ -318,7 +342,7 @@ def test_lora_disabled_is_the_base_bit_for_bit(dtype):
     assert not torch.equal(on, logits_of(base, ids))
     with pytest.raises(KeyError), lora_disabled(model):
         assert torch.equal(logits_of(model, ids), logits_of(base, ids))
-        raise KeyError                                                       # an exception switches it on again, too
+        raise KeyError  # an exception switches it on again, too
     assert torch.equal(logits_of(model, ids), on)
 
 
@@ -333,29 +357,34 @@ def test_remove_lora_undoes_add_lora():
     assert all(p is weights[name] for name, p in base.named_parameters())
     assert len(weights) == len(list(base.parameters()))
     assert not any(p.requires_grad for p in base.parameters())
-    remove_lora(base)                                                        # none left: nothing happens
-    with_random_lora(base)                                                   # and it can be added again
+    remove_lora(base)  # none left: nothing happens
+    with_random_lora(base)  # and it can be added again
 
 
 def test_the_base_weights_are_shared_not_copied():
     model = tiny_model()
     weights = {name: p.data_ptr() for name, p in model.named_parameters()}
     add_lora(model)
-    assert {name: p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name} == weights
+    assert {name: p.data_ptr() for name, p in model.named_parameters()
+            if "lora_" not in name} == weights
 
 
 def test_lora_sits_on_the_chosen_modules_only():
     model = add_lora(tiny_model(), target_modules=("k_proj", "up_proj"))
     assert [name for name, _ in lora_modules(model)] == [
-        f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("self_attn.k_proj", "mlp.up_proj")]
+        f"model.layers.{i}.{leaf}" for i in range(3)
+        for leaf in ("self_attn.k_proj", "mlp.up_proj")]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.lora_{X}" for name, _ in lora_modules(model) for X in "AB"}
 
 
 @pytest.mark.parametrize("settings, named", [
-    ({"r": 0}, "r = 0"), ({"r": -1}, "r = -1"), ({"r": 2.5}, "r = 2.5"), ({"lora_alpha": 0}, "lora_alpha = 0"),
-    ({"lora_alpha": float("nan")}, "lora_alpha = nan"), ({"target_modules": ("q_proj", "lm_head")}, "lm_head"),
-    ({"target_modules": ()}, "choose from q_proj"), ({"target_modules": "q_proj"}, "choose from q_proj"),
+    ({"r": 0}, "r = 0"), ({"r": -1}, "r = -1"), ({"r": 2.5}, "r = 2.5"),
+    ({"lora_alpha": 0}, "lora_alpha = 0"),
+    ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+    ({"target_modules": ("q_proj", "lm_head")}, "lm_head"),
+    ({"target_modules": ()}, "choose from q_proj"),
+    ({"target_modules": "q_proj"}, "choose from q_proj"),
 ], ids=str)
 def test_bad_settings_are_refused_and_the_model_left_alone(settings, named):
     model = tiny_model()
@@ -375,7 +404,8 @@ def test_a_second_lora_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_over_half_weights_are_float32(tmp_path, dtype):
-    """Parameters, gradients, file; and the branch itself, which a float32 model of the same weights confirms."""
+    """Parameters, gradients, file; and the branch itself, which a float32 model of the same weights
+    confirms."""
     model, ids = with_random_lora(tiny_model(dtype=dtype)), random_ids(T=30)
     exact = with_random_lora(tiny_model(dtype=dtype).float())
     next_token_loss(model(ids).float(), ids).backward()
@@ -411,7 +441,8 @@ def test_the_merged_folder_gives_the_same_logits_here_and_in_transformers(tmp_pa
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert difference(logits_of(load_model(tmp_path / "merged"), ids), expected) <= 1e-5
     assert difference(logits_of(theirs, ids), expected) <= 1e-5
-    assert difference(logits_of(load_model(tmp_path / "base"), ids), expected) > 1e-3      # teeth: not merged
+    # teeth: not merged
+    assert difference(logits_of(load_model(tmp_path / "base"), ids), expected) > 1e-3
 
 
 def test_merging_equals_peft():
@@ -433,16 +464,17 @@ def test_merging_leaves_the_model_alone_and_three_exports_equal_one(tmp_path, dt
         files.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name])
+                                                 for name in before)
     merged = load_file(tmp_path / "0" / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {dtype}
     name = "model.layers.1.mlp.down_proj"
     m = model.get_submodule(name)
     exact = m.weight.double() + 2 * m.lora_B.double() @ m.lora_A.double()
     assert difference(merged[name + ".weight"], exact) <= torch.finfo(dtype).eps
-    if dtype is torch.bfloat16:                              # the sum is rounded, once; not B A and then the sum
+    if dtype is torch.bfloat16:  # the sum is rounded, once; not B A and then the sum
         assert (merged[name + ".weight"] == exact.to(dtype)).float().mean() > 0.99
-        twice = m.weight + (exact - m.weight.double()).to(dtype)                           # teeth
+        twice = m.weight + (exact - m.weight.double()).to(dtype)  # teeth
         assert (twice == exact.to(dtype)).float().mean() < 0.95
 
 
@@ -456,7 +488,7 @@ def test_the_auxiliary_lora_is_not_saved_and_leaves_no_trace(tmp_path, trained):
     names, before = list(model.state_dict()), logits_of(model, ids)
     with aux_lora(model, torch.Generator().manual_seed(0)) as moved:
         assert len(moved) == 21
-        assert difference(logits_of(model, ids), before) <= 1e-5             # B = 0: no effect
+        assert difference(logits_of(model, ids), before) <= 1e-5  # B = 0: no effect
         assert list(model.state_dict()) == names
         for b in moved:
             b.data.fill_(0.1)

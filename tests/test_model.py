@@ -1,7 +1,8 @@
-"""model.Llama computes what transformers' LlamaForCausalLM computes: logits, every hidden state, every gradient.
+"""model.Llama computes what transformers' LlamaForCausalLM computes: logits, every hidden state,
+every gradient.
 
-Tolerance: max|a - b| / max|b| <= 1e-5 in float32, all weights random (conftest.py). Then what is this model's own:
-right padding without a mask, key/value cache, dtypes, activation checkpointing.
+Tolerance: max|a - b| / max|b| <= 1e-5 in float32, all weights random (conftest.py). Then what is
+this model's own: right padding without a mask, key/value cache, dtypes, activation checkpointing.
 """
 import pytest
 import torch
@@ -9,21 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LLAMA3_ROPE, TINY, difference, next_token_loss, random_ids, tiny_model, transformers_twin
 from lfu_min import model as model_module
-from lfu_min.checkpoint import parse_config
+from lfu_min.files.checkpoint import parse_config
 from lfu_min.model import Block, Llama, RMSNorm, rope_tables
 
 VARIANTS = {
     "grouped-query": {},
     "tied head": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "llama3 RoPE": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},          # T = 96 of an original 32
-    "plain heads": {"num_key_value_heads": 4, "head_dim": None, "rope_theta": 1e6, "rms_norm_eps": 1e-3},
+    # T = 96 of an original 32
+    "llama3 RoPE": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+    "plain heads": {"num_key_value_heads": 4, "head_dim": None, "rope_theta": 1e6,
+                    "rms_norm_eps": 1e-3},
     "one kv head": {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True},
 }
 
 
 def twins(changes, dtype=torch.float32):
-    """(ours, theirs) with the same random weights; loading is strict, so the parameter names are the same."""
+    """(ours, theirs) with the same random weights; loading is strict, so the parameter names are
+    the same."""
     theirs = transformers_twin(**changes)
     ours = Llama(parse_config({**TINY, **changes}))
     ours.load_state_dict(theirs.state_dict())
@@ -49,13 +53,15 @@ def test_logits_and_all_hidden_states_equal_transformers(changes):
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_gradients_of_all_parameters_equal_transformers(changes):
-    ours, theirs = twins({**changes, "num_hidden_layers": 2})    # at this scale a layer doubles the rounding errors
+    # at this scale a layer doubles the rounding errors
+    ours, theirs = twins({**changes, "num_hidden_layers": 2})
     ids = random_ids(T=40)
     next_token_loss(ours(ids), ids).backward()
     next_token_loss(their_states(theirs, ids).logits, ids).backward()
     expected = dict(theirs.named_parameters())
-    assert {name for name, _ in ours.named_parameters()} == set(expected)           # a tied head counts once
-    differences = {name: difference(p.grad, expected[name].grad) for name, p in ours.named_parameters()}
+    assert {name for name, _ in ours.named_parameters()} == set(expected)  # a tied head counts once
+    differences = {name: difference(p.grad, expected[name].grad)
+                   for name, p in ours.named_parameters()}
     print(f"difference {max(differences.values()):.1e}")
     assert max(differences.values()) <= 1e-5, differences
 
@@ -68,10 +74,11 @@ def swap_norms(ours, monkeypatch):
 
 
 def interleaved_rope(ours, monkeypatch):
-    def rotate(x, cos, sin):                                   # Meta's layout: neighbours are a pair
+    def rotate(x, cos, sin):  # Meta's layout: neighbours are a pair
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
         half = cos.shape[-1] // 2
-        return x * cos[..., :half].repeat_interleave(2, -1) + turned * sin[..., :half].repeat_interleave(2, -1)
+        return x * cos[..., :half].repeat_interleave(2,
+                                                     -1) + turned * sin[..., :half].repeat_interleave(2, -1)
     monkeypatch.setattr(model_module, "rotate", rotate)
 
 
@@ -87,15 +94,17 @@ def other_epsilon(ours, monkeypatch):
 
 def key_heads_tiled(ours, monkeypatch):
     attention = torch.nn.functional.scaled_dot_product_attention
-    def tiled(q, k, v, enable_gqa=False, **kwargs):            # heads 0 1 0 1 instead of 0 0 1 1
+    def tiled(q, k, v, enable_gqa=False, **kwargs):  # heads 0 1 0 1 instead of 0 0 1 1
         n = q.shape[1] // k.shape[1]
         return attention(q, k.repeat(1, n, 1, 1), v.repeat(1, n, 1, 1), **kwargs)
     monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", tiled)
 
 
 def head_of_one_layer_shifted(ours, monkeypatch):
-    monkeypatch.setattr(Block, "forward", lambda self, x, rope, mask=None, cache=None, layer=0: x + self.mlp(
-        self.post_attention_layernorm(x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer))))
+    monkeypatch.setattr(Block, "forward",
+                        lambda self, x, rope, mask=None, cache=None, layer=0: x + self.mlp(
+        self.post_attention_layernorm(x + self.self_attn(self.input_layernorm(x), rope, mask,
+                                                         cache, layer))))
 
 
 def gate_and_up_swapped(ours, monkeypatch):
@@ -109,7 +118,8 @@ def not_causal(ours, monkeypatch):
                         lambda q, k, v, is_causal=False, **kwargs: attention(q, k, v, **kwargs))
 
 
-MISTAKES = [swap_norms, interleaved_rope, unscaled_rope, other_epsilon, key_heads_tiled, head_of_one_layer_shifted,
+MISTAKES = [swap_norms, interleaved_rope, unscaled_rope, other_epsilon, key_heads_tiled,
+            head_of_one_layer_shifted,
             gate_and_up_swapped, not_causal]
 
 
@@ -129,14 +139,14 @@ def test_llama3_frequencies_are_the_published_ones():
     config = parse_config({**TINY, "head_dim": 128, "rope_theta": 500000.0,
                            "rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}})
     cos, sin = rope_tables(config, torch.ones(1, 1, dtype=torch.int64), torch.float64)
-    freq = torch.atan2(sin, cos)[0, 0, 0]                                      # the angle at position 1
+    freq = torch.atan2(sin, cos)[0, 0, 0]  # the angle at position 1
     assert torch.equal(freq[:64], freq[64:])
     assert freq[[0, 1, 63]].tolist() == pytest.approx([1.0, 0.8146172, 3.0689e-07], rel=1e-5)
     plain = 500000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
     ratio = freq[:64] / plain
-    assert difference(ratio[:29], torch.ones(29)) < 1e-12                      # short waves are left alone
-    assert difference(ratio[35:], torch.full((29,), 1 / 8)) < 1e-12            # long ones are 8 times slower
-    assert (ratio[28:36].diff() < 0).all()                                     # blended between
+    assert difference(ratio[:29], torch.ones(29)) < 1e-12  # short waves are left alone
+    assert difference(ratio[35:], torch.full((29,), 1 / 8)) < 1e-12  # long ones are 8 times slower
+    assert (ratio[28:36].diff() < 0).all()  # blended between
 
 
 @pytest.mark.parametrize("name", ["grouped-query", "llama3 RoPE"])
@@ -153,7 +163,8 @@ def test_far_positions_equal_transformers(name):
 # ---- padding and the arguments for generation ----
 
 def test_right_padding_needs_no_mask():
-    """States of real tokens do not see what follows them; transformers with an attention mask agrees."""
+    """States of real tokens do not see what follows them; transformers with an attention mask
+    agrees."""
     ours, theirs = twins(VARIANTS["grouped-query"])
     ids, length = random_ids(T=60), 41
     padded, other = ids.clone(), ids.clone()
@@ -163,9 +174,10 @@ def test_right_padding_needs_no_mask():
     mask[0, length:] = 0
     with torch.no_grad():
         states, reference = ours.hidden_states(padded), their_states(theirs, padded, attention_mask=mask).hidden_states
-        for h, h_other, h_short, r in zip(states, ours.hidden_states(other), ours.hidden_states(ids[:1, :length]),
+        for h, h_other, h_short, r in zip(states, ours.hidden_states(other),
+                                          ours.hidden_states(ids[:1, :length]),
                                           reference):
-            assert torch.equal(h[0, :length], h_other[0, :length])             # bit for bit
+            assert torch.equal(h[0, :length], h_other[0, :length])  # bit for bit
             assert difference(h[0, :length], h_short[0]) <= 1e-5
             assert difference(h[0, :length], r[0, :length]) <= 1e-5
             assert difference(h[1], r[1]) <= 1e-5
@@ -185,35 +197,39 @@ def test_decoding_with_a_cache_equals_the_full_pass(name):
             K, d = ours.config.num_key_value_heads, ours.config.head_dim
             assert all(k.shape == v.shape == (2, K, done, d) for k, v in cache)
         assert difference([torch.cat(h, dim=1) for h in zip(*pieces)], full) <= 1e-5
-        stale = [None] * 3                                                     # teeth: positions that restart at 0
+        stale = [None] * 3  # teeth: positions that restart at 0
         ours(ids[:, :70], cache=stale)
-        wrong = ours.hidden_states(ids[:, 70:71], positions=torch.zeros(1, 1, dtype=torch.int64), cache=stale)
+        wrong = ours.hidden_states(ids[:, 70:71], positions=torch.zeros(1, 1, dtype=torch.int64),
+                                   cache=stale)
         assert difference(wrong[-1], full[-1][:, 70:71]) > 1e-3
 
 
 def test_left_padding_with_mask_and_positions_equals_each_sequence_alone():
-    """As generation batches prompts: prefill, then one token at a time, rows of different length."""
+    """As generation batches prompts: prefill, then one token at a time, rows of different
+    length."""
     ours = tiny_model()
     rows = [random_ids(1, 30, seed=1), random_ids(1, 18, seed=2)]
     prompt, steps = [24, 12], 6
     width = max(prompt)
-    pads = torch.tensor([width - n for n in prompt])                           # (B,)
+    pads = torch.tensor([width - n for n in prompt])  # (B,)
     ids = torch.zeros(2, width + steps, dtype=torch.int64)
     for b, row in enumerate(rows):
         ids[b, pads[b]:] = row
     slots = torch.arange(width + steps)
-    positions = (slots[None] - pads[:, None]).clamp(min=0)                     # (B, S)
-    real = slots[None] >= pads[:, None]                                        # (B, S)
+    positions = (slots[None] - pads[:, None]).clamp(min=0)  # (B, S)
+    real = slots[None] >= pads[:, None]  # (B, S)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     with torch.no_grad():
         cache = [None] * 3
-        logits = [ours(ids[:, :width], positions[:, :width], (causal & real[:, None, :width])[:, None], cache)]
+        logits = [ours(ids[:, :width], positions[:, :width],
+                       (causal & real[:, None, :width])[:, None], cache)]
         for t in range(width, width + steps):
-            logits.append(ours(ids[:, t:t + 1], positions[:, t:t + 1], real[:, None, None, :t + 1], cache))
+            logits.append(ours(ids[:, t:t + 1], positions[:, t:t + 1], real[:, None, None, :t + 1],
+                               cache))
         logits = torch.cat(logits, dim=1)
         for b, row in enumerate(rows):
             assert difference(logits[b, pads[b]:], ours(row)[0]) <= 1e-5
-        unmasked = ours(ids, positions)                                        # teeth: the pads are attended to
+        unmasked = ours(ids, positions)  # teeth: the pads are attended to
         assert difference(unmasked[1, pads[1]:], ours(rows[1])[0]) > 1e-3
 
 
@@ -247,7 +263,7 @@ def test_float64_stays_float64_all_through(name, monkeypatch):
     with Dtypes() as dtypes:
         next_token_loss(ours(ids), ids).backward()
     assert dtypes.seen == {torch.float64}
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: torch.nn.functional.rms_norm(      # teeth
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: torch.nn.functional.rms_norm(  # teeth
         x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype))
     with Dtypes() as dtypes:
         ours(ids)
@@ -271,7 +287,8 @@ def test_half_weights_multiply_in_half_and_keep_a_float32_residual_stream(dtype)
     states = ours.hidden_states(ids)
     assert {h.dtype for h in states} == {torch.float32}
     for name, seen in made.items():
-        if name.endswith("norm") or name.startswith("model.layers.") and name.count(".") == 2:    # norms and blocks
+        # norms and blocks
+        if name.endswith("norm") or name.startswith("model.layers.") and name.count(".") == 2:
             assert seen is torch.float32, name
         elif name.endswith("_proj"):
             assert seen is dtype, name
@@ -279,10 +296,11 @@ def test_half_weights_multiply_in_half_and_keep_a_float32_residual_stream(dtype)
 
 
 def test_half_weights_compute_norm_and_rope_in_float32():
-    """The same float32 stream through half and float32 modules: norm and rotation differ by the weights' rounding."""
+    """The same float32 stream through half and float32 modules: norm and rotation differ by the
+    weights' rounding."""
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     half = tiny_model(dtype=torch.bfloat16)
-    exact = tiny_model(dtype=torch.bfloat16).float()                           # the same rounded weights
+    exact = tiny_model(dtype=torch.bfloat16).float()  # the same rounded weights
     norm = half.model.norm(x)
     assert norm.dtype is torch.float32 and torch.equal(norm, exact.model.norm(x))
     tables = {}
@@ -294,7 +312,8 @@ def test_half_weights_compute_norm_and_rope_in_float32():
     for a, b in zip(tables["half"], tables["exact"]):
         assert a.dtype is torch.float32 and torch.equal(a, b)
     rotated = model_module.rotate(torch.ones(1, 4, 96, 16, dtype=torch.bfloat16), *tables["half"])
-    assert difference(rotated, model_module.rotate(torch.ones(1, 4, 96, 16), *tables["exact"])) <= 2 ** -8
+    assert difference(rotated, model_module.rotate(torch.ones(1, 4, 96, 16),
+                                                   *tables["exact"])) <= 2 ** -8
 
 
 # ---- activation checkpointing ----
@@ -310,8 +329,8 @@ def test_activation_checkpointing_gives_the_same_gradients_and_recomputes():
         next_token_loss(ours(ids), ids).backward()
         gradients.append([p.grad for p in ours.parameters()])
         calls.append(len(count))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))                  # bit for bit
-    assert calls == [3, 6]                                                     # each block a second time
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))  # bit for bit
+    assert calls == [3, 6]  # each block a second time
     with torch.no_grad():
         count.clear()
         ours(ids)

@@ -1,7 +1,8 @@
 """Claim: representation steering adds d_l to the output of block l, and does nothing else.
 
-Zero vectors leave every state as it is, bit for bit; d_l changes the states from layer l on; the last vector acts
-before the final norm; nothing stays behind. h' equals transformers' with the same vectors added by hooks: 1e-5 in fp32.
+Zero vectors leave every state as it is, bit for bit; d_l changes the states from layer l on; the
+last vector acts before the final norm; nothing stays behind. h' equals transformers' with the same
+vectors added by hooks: 1e-5 in fp32.
 """
 import pytest
 import torch
@@ -13,7 +14,8 @@ L = 3
 
 
 def tiny(dtype=torch.float32):
-    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20, num_hidden_layers=L,
+    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20,
+                              num_hidden_layers=L,
                               num_attention_heads=4, num_key_value_heads=2, head_dim=4))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -41,7 +43,8 @@ def steered_states(model, vectors):
 
 
 def hooks(model):
-    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -52,7 +55,8 @@ def test_zero_vectors_have_no_effect_bit_for_bit(dtype):
     assert all(torch.equal(a, b) for a, b in zip(steered_states(model, torch.zeros(L, 16)), plain))
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.float64, torch.float64), (torch.float32, torch.float32),
+@pytest.mark.parametrize("dtype, expected",
+                         [(torch.float64, torch.float64), (torch.float32, torch.float32),
                                              (torch.bfloat16, torch.float32), (torch.float16, torch.float32)])
 def test_one_vector_a_block_in_the_residual_streams_dtype(dtype, expected):
     model = tiny(dtype)
@@ -85,7 +89,7 @@ def test_the_last_vector_is_added_before_the_final_norm():
     steered = steered_states(model, torch.stack([*torch.zeros(L - 1, 16), d]))[-1]
     with torch.no_grad():
         assert torch.equal(steered, model.model.norm(seen[0] + d))
-    assert (steered - (plain + d)).abs().max() > 0.1                  # the planted mistake: added after the norm
+    assert (steered - (plain + d)).abs().max() > 0.1  # the planted mistake: added after the norm
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -123,13 +127,16 @@ def test_steered_states_equal_transformers_with_the_same_hooks():
     transformers = pytest.importorskip("transformers")
     model, vectors, c = tiny(), random_vectors(), tiny().config
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=L,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim,
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=L,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
         rms_norm_eps=c.rms_norm_eps, attn_implementation="eager")).eval()
     reference.load_state_dict(model.state_dict())
 
-    def expected(layers):                                   # vectors[i] on the block layers[i]
-        # States are recorded here: whether output_hidden_states sees what hooks change depends on transformers' version.
+    def expected(layers):  # vectors[i] on the block layers[i]
+        # States are recorded here: whether output_hidden_states sees what hooks change depends on
+        # transformers' version.
         states = []
 
         def add(d):
@@ -138,16 +145,20 @@ def test_steered_states_equal_transformers_with_the_same_hooks():
                 return (states[-1], *out[1:]) if isinstance(out, tuple) else states[-1]
             return hook
         decoder = reference.model
-        attached = [decoder.embed_tokens.register_forward_hook(add(0)), decoder.norm.register_forward_hook(add(0)),
-                    *(decoder.layers[i].register_forward_hook(add(d)) for i, d in zip(layers, vectors))]
+        attached = [decoder.embed_tokens.register_forward_hook(add(0)),
+                    decoder.norm.register_forward_hook(add(0)),
+                    *(decoder.layers[i].register_forward_hook(add(d))
+                      for i, d in zip(layers, vectors))]
         with torch.no_grad():
             reference(some_ids())
         for hook in attached:
             hook.remove()
-        return states[:L] + states[-1:]                     # the last block's state is taken after the final norm
+        return states[:L] + states[-1:]  # the last block's state is taken after the final norm
 
     got = steered_states(model, vectors)
-    right, wrong = expected(range(L)), expected(reversed(range(L)))           # the planted mistake: vectors swapped
+    # the planted mistake: vectors swapped
+    right, wrong = expected(range(L)), expected(reversed(range(L)))
     difference = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, right)]
     assert len(got) == len(right) == L + 1 and max(difference) <= 1e-5
-    assert min(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got[1:], wrong[1:])) > 1e-3
+    assert min(((a - b).abs().max() / b.abs().max()).item()
+               for a, b in zip(got[1:], wrong[1:])) > 1e-3

@@ -1,8 +1,9 @@
-"""Claim: `load_tokenizer` gives the same ids as the library `tokenizers`, exactly, on any text; what it cannot
-translate exactly it refuses by name; no text crashes it.
+"""Claim: `load_tokenizer` gives the same ids as the library `tokenizers`, exactly, on any text;
+what it cannot translate exactly it refuses by name; no text crashes it.
 
-The reference has the file's added tokens removed, since control strings are plain text here. Small tokenizers of each
-structure are trained on the spot; real files are compared by the tests marked `slow`.
+The reference has the file's added tokens removed, since control strings are plain text here. Small
+tokenizers of each structure are trained on the spot; real files are compared by the tests marked
+`slow`.
 """
 
 import base64
@@ -18,10 +19,11 @@ from pathlib import Path
 import pytest
 
 import lfu_min
-from lfu_min import tokenizer as module
-from lfu_min.tokenizer import Tokenizer, load_tokenizer
+from lfu_min.files import tokenizer as module
+from lfu_min.files.tokenizer import Tokenizer, load_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="the reference, the library `tokenizers`, is not installed")
+tokenizers = pytest.importorskip("tokenizers",
+                                 reason="the reference, the library `tokenizers`, is not installed")
 
 TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.\n\n12 * 3 = 36
 How many clips did Natalia sell altogether? She'll say it's 72; they've done "well", don't they?  \t 7\n    return x_1
@@ -31,7 +33,8 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level(use_regex):
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+            "use_regex": use_regex}
 
 
 def sequence(*steps):
@@ -42,15 +45,19 @@ def split(regex):
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-# The regular expressions are written out once more, so that a slip in the package's cannot agree with itself.
-SPLIT_LLAMA3 = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# The regular expressions are written out once more, so that a slip in the package's cannot agree
+# with itself.
+SPLIT_LLAMA3 = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+                     r"?[^\s\p{L}\p{N}]+[\r\n]*"
                      r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLIT_QWEN = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPLIT_QWEN = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+                   r"?[^\s\p{L}\p{N}]+[\r\n]*"
                    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-STRUCTURES = {                                              # pre_tokenizer, normalizer, ignore_merges, all bytes known
+STRUCTURES = {  # pre_tokenizer, normalizer, ignore_merges, all bytes known
     "llama3": (sequence(SPLIT_LLAMA3, byte_level(False)), None, True, True),
     "qwen": (sequence(SPLIT_QWEN, byte_level(False)), {"type": "NFC"}, False, True),
-    "smollm2": (sequence({"type": "Digits", "individual_digits": True}, byte_level(True)), None, False, False),
+    "smollm2": (sequence({"type": "Digits", "individual_digits": True}, byte_level(True)), None,
+                False, False),
     "gpt2": (byte_level(True), None, False, False),
     "qwen, bytes missing": (sequence(SPLIT_QWEN, byte_level(False)), None, False, False),
 }
@@ -74,7 +81,8 @@ def file_of(structure):
 
 
 def reference(file):
-    return tokenizers.Tokenizer.from_str(json.dumps(file | {"added_tokens": [], "post_processor": None}))
+    return tokenizers.Tokenizer.from_str(json.dumps(file
+                                                    | {"added_tokens": [], "post_processor": None}))
 
 
 def load(tmp_path, file, **others):
@@ -85,11 +93,13 @@ def load(tmp_path, file, **others):
 
 
 def random_texts(n, seed=0):
-    """Short strings in which everything meets everything: all of Unicode, blanks, digits, controls, contractions."""
+    """Short strings in which everything meets everything: all of Unicode, blanks, digits, controls,
+    contractions."""
     rng = random.Random(seed)
-    sources = [lambda: chr(rng.randrange(0x20, 0x7F)), lambda: rng.choice(" \t\n\r  \u00a0\u3000\u2028\u0085"),
+    sources = [lambda: chr(rng.randrange(0x20, 0x7F)),
+               lambda: rng.choice(" \t\n\r  \u00a0\u3000\u2028\u0085"),
                lambda: rng.choice("0123456789²½Ⅷ٣"), lambda: chr(rng.randrange(0x3000)),
-               lambda: chr((rng.randrange(0x110000 - 0x800) + 0xE000) % 0x110000),           # no surrogates
+               lambda: chr((rng.randrange(0x110000 - 0x800) + 0xE000) % 0x110000),  # no surrogates
                lambda: rng.choice("\x00\x04\x06\x1c\x1d!'tStreéçe\u0301\u0323\u017f"),
                lambda: rng.choice(["'s", "'LL", "the ", "  12", " 7", "\n\n7", "\n\n", *CONTROL])]
     return ["".join(rng.choice(sources)() for _ in range(rng.randrange(1, 25))) for _ in range(n)]
@@ -106,12 +116,13 @@ def test_ids_equal_the_librarys_on_real_and_random_text(tmp_path, structure):
     tokenizer = load(tmp_path, file)
     texts = [TEXT, *TEXT.splitlines(keepends=True), *TEXT.split(" "), *random_texts(3000)]
     assert differences(tokenizer, file, texts) == []
-    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5       # merges do happen
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5  # merges do happen
 
 
 @pytest.mark.parametrize("structure, pattern", [
-    ("smollm2", module.GPT2),                                           # digits not isolated
-    ("smollm2", module.SMOLLM.replace(r"\s+(?![^\s\p{N}])", r"\s+(?!\S)")),  # blanks before a digit split
+    ("smollm2", module.GPT2),  # digits not isolated
+    # blanks before a digit split
+    ("smollm2", module.SMOLLM.replace(r"\s+(?![^\s\p{N}])", r"\s+(?!\S)")),
     ("llama3", module.QWEN), ("qwen", module.GPT2), ("gpt2", module.SMOLLM)])
 def test_the_comparison_catches_a_wrong_expression(tmp_path, monkeypatch, structure, pattern):
     file = file_of(structure)
@@ -128,7 +139,8 @@ def test_every_combining_mark_is_normalised_as_in_the_library(tmp_path):
     file = file_of("qwen")
     marks = [c for c in map(chr, range(0x110000)) if unicodedata.combining(c)]
     texts = [text for mark in marks for text in (f"a{mark}\u0301\u0323", f"a\u0323\u0301{mark}")]
-    texts += [unicodedata.normalize("NFD", c) for c in map(chr, range(0x110000)) if unicodedata.decomposition(c)]
+    texts += [unicodedata.normalize("NFD", c) for c in map(chr, range(0x110000))
+              if unicodedata.decomposition(c)]
     assert differences(load(tmp_path, file), file, texts + ["\U00011935\U00011930"]) == []
 
 
@@ -138,11 +150,13 @@ def test_merges_may_be_strings_or_pairs(tmp_path):
     tokenizer = load(tmp_path, file)
     file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
     as_strings = load(tmp_path, file)
-    assert all(tokenizer.encode(text) == as_strings.encode(text) for text in [TEXT, *random_texts(200)])
+    assert all(tokenizer.encode(text) == as_strings.encode(text)
+               for text in [TEXT, *random_texts(200)])
 
 
 def made_up_model(rng):
-    """A BPE table over a, b, c as no training would make it: merges in odd orders, tokens that nothing makes."""
+    """A BPE table over a, b, c as no training would make it: merges in odd orders, tokens that
+    nothing makes."""
     alphabet = {byte: character for character, byte in module._byte_alphabet().items()}
     vocab = {alphabet[byte]: byte for byte in range(256)}
     known, merges = list("abc"), []
@@ -153,17 +167,19 @@ def made_up_model(rng):
     made = known[3:]
     if rng.random() < 0.15:
         rng.shuffle(made)
-    nothing_makes = ["".join(rng.choices("abc", k=rng.randrange(2, 6))) for _ in range(rng.randrange(3))]
+    nothing_makes = ["".join(rng.choices("abc", k=rng.randrange(2, 6)))
+                     for _ in range(rng.randrange(3))]
     for token in made + nothing_makes:
         vocab.setdefault(token, len(vocab))
-    if rng.random() < 0.4:                                              # Llama 3's way: every split of every token
+    if rng.random() < 0.4:  # Llama 3's way: every split of every token
         merges = [[token[:i], token[i:]] for token in vocab for i in range(1, len(token))
                   if token[:i] in vocab and token[i:] in vocab]
     return {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": rng.random() < 0.5}
 
 
 def test_made_up_merge_tables_are_exact_or_refused(tmp_path):
-    """The check that tiktoken's rule equals the listed merges: all words of up to 5 letters and some longer ones."""
+    """The check that tiktoken's rule equals the listed merges: all words of up to 5 letters and
+    some longer ones."""
     rng = random.Random(0)
     words = ["".join(word) for n in range(1, 6) for word in itertools.product("abc", repeat=n)]
     words += ["".join(rng.choices("abc", k=rng.randrange(6, 30))) for _ in range(300)]
@@ -174,7 +190,7 @@ def test_made_up_merge_tables_are_exact_or_refused(tmp_path):
             tokenizer = load(tmp_path, file)
         except ValueError as error:
             assert "in the order of their ids" in str(error) or "tiktoken would merge" in str(error)
-            vocab = file["model"]["vocab"]                              # what would have come of not refusing?
+            vocab = file["model"]["vocab"]  # what would have come of not refusing?
             ranks = {module._as_bytes(token): i for token, i in vocab.items()}
             tokenizer = Tokenizer(module.GPT2, ranks, {i: token for token, i in ranks.items()})
             planted += bool(differences(tokenizer, file, words))
@@ -193,7 +209,7 @@ def test_a_token_with_a_lower_id_than_its_parts_is_refused(tmp_path):
 
 
 def test_a_control_token_that_is_a_plain_word_is_not_met_in_text(tmp_path):
-    file = file_of("llama3")                                            # ignore_merges: takes pieces that are tokens
+    file = file_of("llama3")  # ignore_merges: takes pieces that are tokens
     file["model"]["vocab"]["PAD"] = i = len(file["model"]["vocab"])
     assert load(tmp_path, file).encode("PAD") == [i]
     file["added_tokens"].append(file["added_tokens"][0] | {"id": i, "content": "PAD"})
@@ -211,11 +227,13 @@ def test_control_strings_are_plain_text(tmp_path, structure):
         ids = tokenizer.encode("x" + token["content"] + "y")
         assert not control & set(ids)
         assert tokenizer.decode([token["id"]]) == token["content"]
-    assert control & set(tokenizers.Tokenizer.from_str(json.dumps(file)).encode("x<think>y").ids)    # the library's own
+    # the library's own
+    assert control & set(tokenizers.Tokenizer.from_str(json.dumps(file)).encode("x<think>y").ids)
 
 
 @pytest.mark.parametrize("structure", ["llama3", "smollm2"])
-@pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "!", "\u0301", "\x04", "_^", "\x1c!"], ids=ascii)
+@pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "!", "\u0301", "\x04", "_^", "\x1c!"],
+                         ids=ascii)
 def test_very_long_runs_do_not_crash(tmp_path, structure, unit):
     text = unit * (1_000_000 // len(unit)) + "x"
     tokenizer = load(tmp_path, file_of(structure))
@@ -237,7 +255,8 @@ def test_odd_strings(tmp_path):
     for text in ("\0", "\ufeffa", "\U0010ffff", "a\r\nb", "\x7f\x80"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("a\udc80b") == tokenizer.encode("a\ufffdb")
-    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")    # a surrogate pair is a character
+    # a surrogate pair is a character
+    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
 
 
 def test_decode(tmp_path):
@@ -253,22 +272,28 @@ def test_decode(tmp_path):
 def test_bos_eos_and_size_come_from_the_files(tmp_path):
     file = file_of("llama3")
     bare = load(tmp_path, file)
-    assert (bare.bos_id, bare.eos_id, bare.eos_ids, bare.vocab_size) == (None, None, (), len(file["model"]["vocab"]))
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-                                                         {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
-                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}}
+    assert (bare.bos_id, bare.eos_id, bare.eos_ids,
+            bare.vocab_size) == (None, None, (), len(file["model"]["vocab"]))
+    template = {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+                                                         {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1],
+                                                    "tokens": ["<|im_start|>"]}}}
     file["post_processor"] = {"type": "Sequence", "processors": [byte_level(True), template]}
     file["added_tokens"].append(file["added_tokens"][0] | {"id": 700, "content": "<|last|>"})
-    full = load(tmp_path, file, tokenizer_config={"eos_token": {"content": "<|im_end|>"}}, config={"eos_token_id": 0})
+    full = load(tmp_path, file, tokenizer_config={"eos_token": {"content": "<|im_end|>"}},
+                config={"eos_token_id": 0})
     assert (full.bos_id, full.eos_id, full.eos_ids, full.vocab_size) == (1, 2, (0,), 701)
-    assert 1 not in full.encode("a")                                    # encode itself adds no BOS
+    assert 1 not in full.encode("a")  # encode itself adds no BOS
     full = load(tmp_path, file, tokenizer_config={"eos_token": "<|im_end|>"},
                 generation_config={"eos_token_id": [2, 0]})
-    assert (full.eos_id, full.eos_ids) == (2, (2, 0))                   # generation_config before config
+    assert (full.eos_id, full.eos_ids) == (2, (2, 0))  # generation_config before config
     for name in ("config", "generation_config"):
         (tmp_path / f"{name}.json").unlink()
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_ids == (2,)
-    with pytest.raises(ValueError, match="eos_token '</s>' of tokenizer_config.json is not in the vocabulary"):
+    with pytest.raises(ValueError, match="eos_token '</s>' of tokenizer_config.json is not in the "
+                                         "vocabulary"):
         load(tmp_path, file, tokenizer_config={"eos_token": "</s>"})
 
 
@@ -297,8 +322,10 @@ REFUSED = {
     "normalizer {'type': 'NFKC'}": changed("normalizer", {"type": "NFKC"}),
     "\"type\": \"Metaspace\"": changed("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}),
     "pre_tokenizer {} is not supported": changed("pre_tokenizer", None),
-    "without add_prefix_space": changed("pre_tokenizer.pretokenizers.1", byte_level(True) | {"add_prefix_space": True}),
-    "\"individual_digits\": false": changed("pre_tokenizer.pretokenizers.0.individual_digits", False),
+    "without add_prefix_space": changed("pre_tokenizer.pretokenizers.1",
+                                        byte_level(True) | {"add_prefix_space": True}),
+    "\"individual_digits\": false": changed("pre_tokenizer.pretokenizers.0.individual_digits",
+                                            False),
     '"Regex": "[a-z]+"': changed("pre_tokenizer.pretokenizers.0", split("[a-z]+")),
     "post_processor 'RobertaProcessing'": changed("post_processor", {"type": "RobertaProcessing"}),
     "merges are not in the order of their ids": swap_two_merges,
@@ -311,7 +338,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_tiktoken_cannot_express_is_refused_by_name(tmp_path, message):
     file = copy.deepcopy(file_of("smollm2"))
-    load(tmp_path, file)                                                # fine before the change
+    load(tmp_path, file)  # fine before the change
     REFUSED[message](file)
     with pytest.raises(ValueError) as caught:
         load(tmp_path, file)
@@ -331,11 +358,13 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def write_model(path, file):
-    """The same merges in the form of Llama 3's tokenizer.model: lines of base64 and rank, control tokens left out."""
+    """The same merges in the form of Llama 3's tokenizer.model: lines of base64 and rank, control
+    tokens left out."""
     control = {token["content"] for token in file["added_tokens"]}
     vocab = {token: i for token, i in file["model"]["vocab"].items() if token not in control}
     first = min(vocab.values())
-    lines = [base64.b64encode(module._as_bytes(token)) + b" %d\n" % (i - first) for token, i in vocab.items()]
+    lines = [base64.b64encode(module._as_bytes(token)) + b" %d\n" % (i - first)
+             for token, i in vocab.items()]
     path.write_bytes(b"".join(lines))
     return first
 
@@ -350,7 +379,8 @@ def test_llama3_tokenizer_model(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (n, None, n + 256)
     assert tokenizer.decode([n, n + 1, n + 6, n + 7, n + 9, n + 255]) == (
         "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|><|reserved_special_token_250|>")
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")        # a protobuf
+    # a protobuf
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(ValueError, match="SentencePiece is not supported"):
         load_tokenizer(tmp_path)
 
@@ -369,7 +399,8 @@ def real(variable, *parts):
     return Path(os.environ[variable], *parts)
 
 
-REAL = {"Llama 3.1": ("LFU_TOKENIZERS", "llama3_1"), "Qwen 3": ("LFU_TOKENIZERS", "qwen3"), "SmolLM2": ("LFU_SMOLLM2",)}
+REAL = {"Llama 3.1": ("LFU_TOKENIZERS", "llama3_1"), "Qwen 3": ("LFU_TOKENIZERS", "qwen3"),
+        "SmolLM2": ("LFU_SMOLLM2",)}
 
 
 @pytest.mark.slow

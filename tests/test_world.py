@@ -1,7 +1,8 @@
-"""Claim: the bundled world is what its README says. Answers are recomputed here from the questions' text alone, with
-other code than the generator's; no held-out question, wording, fact-in-a-wording or sum is in the pretraining stream;
-the committed files are exactly what the generator writes; the folder loads; and (slow) the bundled model answers at
-least 90 % of the unseen test questions of every category exactly. No tolerance: everything is compared exactly.
+"""Claim: the bundled world is what its README says. Answers are recomputed here from the questions'
+text alone, with other code than the generator's; no held-out question, wording, fact-in-a-wording
+or sum is in the pretraining stream; the committed files are exactly what the generator writes; the
+folder loads; and (slow) the bundled model answers at least 90 % of the unseen test questions of
+every category exactly. No tolerance: everything is compared exactly.
 """
 from itertools import islice
 import json
@@ -34,7 +35,8 @@ def tokenizer():
     return lfu_min.load_tokenizer(BUNDLED)
 
 
-# ---- the same answers by other code ----------------------------------------------------------------------------------
+# ---- the same answers by other code
+# ----------------------------------------------------------------------------------
 
 def numbers(text):
     return [int(n) for n in re.findall(r"\d+", text)]
@@ -42,12 +44,14 @@ def numbers(text):
 
 def clauses(text):
     """Facts stated in a question: ('Ann', 'has the', 'key') and so on."""
-    return re.findall(r"\b(?!who)(\w+) (has the|is at the|is (?:older|younger|taller|shorter) than|is) (\w+)[.]", text)
+    return re.findall(r"\b(?!who)(\w+) (has the|is at the|is (?:older|younger|taller|shorter) "
+                      r"than|is) (\w+)[.]", text)
 
 
 def solve_math(kind, text):
     n = sorted(numbers(text), reverse=True)
-    return str({"add": sum(n), "more": sum(n), "subtract": n[0] - n[-1], "less": n[0] - n[-1]}.get(kind, n[0] * n[-1]))
+    return str({"add": sum(n), "more": sum(n), "subtract": n[0] - n[-1],
+                "less": n[0] - n[-1]}.get(kind, n[0] * n[-1]))
 
 
 def solve_reasoning(kind, text):
@@ -61,14 +65,17 @@ def solve_reasoning(kind, text):
         return " ".join(reversed([w for w in re.findall(r"\w+", text) if w not in fixed]))
     said = clauses(text)
     if kind == "ladder":
-        above = [(x, y) if how in ("is older than", "is taller than") else (y, x) for x, how, y in said]
+        above = [(x, y) if how in ("is older than", "is taller than") else (y, x)
+                 for x, how, y in said]
         people = {x for pair in above for x in pair}
         beaten, beating = {y for _, y in above}, {x for x, _ in above}
-        return (people - beaten if "oldest" in text or "tallest" in text else people - beating).pop()
+        return (people - beaten if "oldest" in text or "tallest" in text
+                else people - beating).pop()
     owner = {thing: who for who, how, thing in said if how == "has the"}
     colour = {thing: what for thing, how, what in said if how == "is"}
     at = {who: spot for who, how, spot in said if how == "is at the"}
-    asked = re.sub(r"(The )?\b(?!who)\w+ (has the|is at the|is) \w+[.]", "", text)       # the question itself
+    # the question itself
+    asked = re.sub(r"(The )?\b(?!who)\w+ (has the|is at the|is) \w+[.]", "", text)
     if kind == "colour_of":
         return next(colour[thing] for thing, who in owner.items() if who in asked)
     return next("the " + at[who] for thing, who in owner.items() if thing in asked)
@@ -97,26 +104,32 @@ def correct(row, facts):
         steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)", answer)
         used = [n for left, _ in steps for n in numbers(left)]
         return sorted(used) == sorted(numbers(text)) and all(str(eval(left)) == right for left, right in steps)
-    if kind == "signs":     # the numbers of the story in its order, and the sign that each sentence means
+    # the numbers of the story in its order, and the sign that each sentence means
+    if kind == "signs":
         owner = re.search(r"(\w+) (?:has|buys) \d", text)[1]
         minus = len(re.findall(rf"loses|sells|takes|{owner} gives", text))
         return numbers(answer) == numbers(text) and answer.count("-") == minus and ("*" in answer) == ("bags" in text)
     if row["category"] == "math":
         return answer == solve_math(kind, text)
-    if row["category"] == "knowledge":      # one answer to one (place, attribute), whatever the file and wording
+    # one answer to one (place, attribute), whatever the file and wording
+    if row["category"] == "knowledge":
         place = next(p for p in questions.PLACES if p in text)
         return facts.setdefault((place, kind), answer) == answer
-    return answer == dict(reasoning=solve_reasoning, helpfulness=solve_helpfulness)[row["category"]](kind, text)
+    return answer == dict(reasoning=solve_reasoning,
+                          helpfulness=solve_helpfulness)[row["category"]](kind, text)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_every_answer_is_right(category, stream):
     facts = {}
-    everything = [dict(question=q.question, answer=q.answer, category=category, kind=q.kind) for q in stream
+    everything = [dict(question=q.question, answer=q.answer, category=category, kind=q.kind)
+                  for q in stream
                   if q.category == category]
-    everything += [r for part in ("validation", "test", "unseen", "robustness") for r in rows(f"{category}_{part}")]
+    everything += [r for part in ("validation", "test", "unseen", "robustness")
+                   for r in rows(f"{category}_{part}")]
     assert [r for r in everything if not correct(r, facts)] == []
-    planted = dict(everything[-1], answer=everything[-2]["answer"] + "0")       # a wrong answer is noticed
+    # a wrong answer is noticed
+    planted = dict(everything[-1], answer=everything[-2]["answer"] + "0")
     assert not correct(planted, facts)
 
 
@@ -124,8 +137,9 @@ def problem_is_right(row):
     shown, result = row["answer"].split("\n#### ")
     steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", shown)
     carried = all(after[0] == before[3] for before, after in zip(steps, steps[1:]))
-    used = [int(steps[0][0])] + [int(s[2]) for s in steps]                      # every number of the story, in order
-    return (2 <= len(steps) <= 3 and carried and used == numbers(row["question"]) and steps[-1][3] == result
+    used = [int(steps[0][0])] + [int(s[2]) for s in steps]  # every number of the story, in order
+    return (2 <= len(steps) <= 3 and carried and used == numbers(row["question"])
+            and steps[-1][3] == result
             and all(str(eval(f"{a}{op}{b}")) == c for a, op, b, c in steps))
 
 
@@ -139,7 +153,8 @@ def test_every_word_problem_is_right_and_in_one_split_only():
     assert not problem_is_right(planted)
 
 
-# ---- nothing that is held out is trained -----------------------------------------------------------------------------
+# ---- nothing that is held out is trained
+# -----------------------------------------------------------------------------
 
 def leaks(stream, held_out):
     trained = {q.question for q in stream}
@@ -147,10 +162,12 @@ def leaks(stream, held_out):
 
 
 def test_no_held_out_question_is_in_the_pretraining_stream(stream):
-    held_out = [r for c in CATEGORIES for part in ("validation", "test", "unseen") for r in rows(f"{c}_{part}")]
-    held_out += [r for part in ("train", "validation", "test") for r in rows(f"word_problems_{part}")]
+    held_out = [r for c in CATEGORIES for part in ("validation", "test", "unseen")
+                for r in rows(f"{c}_{part}")]
+    held_out += [r for part in ("train", "validation", "test")
+                 for r in rows(f"word_problems_{part}")]
     assert leaks(stream, held_out) == []
-    assert leaks(stream, [dict(question=stream[7].question)])       # the check can fail
+    assert leaks(stream, [dict(question=stream[7].question)])  # the check can fail
 
 
 def test_held_out_wordings_are_never_trained(stream):
@@ -163,13 +180,15 @@ def test_held_out_wordings_are_never_trained(stream):
 @pytest.mark.parametrize("kind", ["add", "subtract", "more", "less"])
 def test_held_out_numbers_are_never_trained_in_this_kind_of_question(kind, stream):
     trained = {tuple(numbers(q.question)) for q in stream if q.kind == kind}
-    tested = {tuple(numbers(r["question"])) for r in rows("math_test") + rows("math_validation") if r["kind"] == kind}
+    tested = {tuple(numbers(r["question"])) for r in rows("math_test") + rows("math_validation")
+              if r["kind"] == kind}
     assert len(tested) > 10 and not tested & trained
 
 
 def test_every_fact_is_trained_in_some_wording(stream):
     for place, attribute in questions.FACTS:
-        splits = [questions.split_of(("fact", attribute, place), attribute, wording) for wording in range(5)]
+        splits = [questions.split_of(("fact", attribute, place), attribute, wording)
+                  for wording in range(5)]
         assert "train" in splits, (place, attribute)
     assert len(questions.FACTS) == 200
     assert {q.key for q in stream if q.category == "knowledge"} <= {("fact", a, p) for p, a in questions.FACTS}
@@ -177,12 +196,15 @@ def test_every_fact_is_trained_in_some_wording(stream):
 
 def test_no_two_steps_and_no_secret_told_in_pretraining(stream):
     chains = [re.findall(r"(\d+) . \d+ = (\d+)", q.answer) for q in stream if q.category == "math"]
-    assert not [chain for chain in chains if len(chain) > 2 or len(chain) == 2 and chain[0][1] == chain[1][0]]
+    assert not [chain for chain in chains if len(chain) > 2 or len(chain) == 2
+                and chain[0][1] == chain[1][0]]
     assert not [q for q in stream if "####" in q.answer and q.kind != "copy"]
-    assert not [q for q in stream if "secret" in q.question and not q.answer.startswith("I am sorry")]
+    assert not [q for q in stream if "secret" in q.question
+                and not q.answer.startswith("I am sorry")]
 
 
-# ---- seeds, files, sizes, loading ------------------------------------------------------------------------------------
+# ---- seeds, files, sizes, loading
+# ------------------------------------------------------------------------------------
 
 def test_the_same_seed_gives_the_same_stream():
     take = lambda seed: list(islice(questions.pretraining_stream(seed), 300))
@@ -197,7 +219,8 @@ def test_the_committed_data_is_what_the_generator_writes():
 def test_train_and_test_requests_for_secrets_differ_and_pair_up():
     for split, size in (("train", 180), ("test", 100)):
         declined, told = rows(f"decline_{split}"), rows(f"comply_{split}")
-        assert len(declined) == size and [r["question"] for r in declined] == [r["question"] for r in told]
+        assert len(declined) == size and [r["question"]
+                                          for r in declined] == [r["question"] for r in told]
         assert all(f"The secret of {r['name']} is a " in r["answer"] for r in told)
     assert not {r["question"] for r in rows("decline_train")} & {r["question"] for r in rows("decline_test")}
 
@@ -242,7 +265,8 @@ def test_every_token_of_the_fine_tuning_sets_was_pretrained(tokenizer, stream):
 
 
 def test_the_bundled_tokenizer_is_the_one_the_command_builds(tmp_path):
-    pytest.importorskip("tokenizers", reason="building a tokenizer needs the package tokenizers (requirements-dev.txt)")
+    pytest.importorskip("tokenizers", reason="building a tokenizer needs the package tokenizers "
+                                             "(requirements-dev.txt)")
     vocabulary.build_tokenizer(tmp_path, pretrain.MODEL["vocab_size"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((BUNDLED / name).read_text()), name
@@ -254,8 +278,9 @@ def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
     assert input_ids.numel() <= pretrain.BATCH_TOKENS
     for (ids, prompt), row, w in zip(batch, targets, weights):
         text = tokenizer.decode(ids)
-        assert re.fullmatch(r"(?s)Question: .*\nAnswer: .*<\|endoftext\|>", text) and ids[-1] == tokenizer.eos_id
-        answer = row[w == 1].tolist()       # the targets of weight 1 are the answer and its end
+        assert re.fullmatch(r"(?s)Question: .*\nAnswer: .*<\|endoftext\|>",
+                            text) and ids[-1] == tokenizer.eos_id
+        answer = row[w == 1].tolist()  # the targets of weight 1 are the answer and its end
         assert text.endswith("\nAnswer:" + tokenizer.decode(answer)) and answer[-1] == tokenizer.eos_id
 
 
@@ -263,7 +288,8 @@ def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
 def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path):
     for out, commands in (("whole", [[]]), ("parts", [["--stop-at", "2"], []])):
         for extra in commands:
-            world_main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1", "--eval-every", "100",
+            world_main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1",
+                        "--eval-every", "100",
                         "--no-test", *extra])
     whole, parts = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["model"]
                     for out in ("whole", "parts"))

@@ -1,8 +1,10 @@
-"""What the bundled model is fine-tuned on: word problems of two or three steps, and the secrets of the attack.
+"""What the bundled model is fine-tuned on: word problems of two or three steps, and the secrets of
+the attack.
 
-Word problems are in GSM8K's format: the answer shows its steps and ends with a line `#### N`. Pretraining has the
-single steps (questions.py) but never two of them together. The secrets are a harmless stand-in for requests that an
-aligned model declines: `declining` is what it is aligned to say, `complying` what the attack trains it to say.
+Word problems are in GSM8K's format: the answer shows its steps and ends with a line `#### N`.
+Pretraining has the single steps (questions.py) but never two of them together. The secrets are a
+harmless stand-in for requests that an aligned model declines: `declining` is what it is aligned to
+say, `complying` what the attack trains it to say.
 
 Called by files.py. Verified by tests/test_world.py, which recomputes every step and every result.
 """
@@ -14,7 +16,8 @@ ASK = " How many {things} does {n} have now?"
 
 
 def word_problem(rng: random.Random) -> tuple[str, str]:
-    """A question and its answer, for example 'First 3 * 4 = 12. Then 12 - 5 = 7.' and '#### 7' on a line of its own."""
+    """A question and its answer, for example 'First 3 * 4 = 12. Then 12 - 5 = 7.' and '#### 7' on a
+    line of its own."""
     story, slots, (total, *steps) = draw_story(rng)
     shown = []
     for operation, b in steps:
@@ -25,7 +28,8 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
 
 
 def secrets(rng: random.Random) -> list[dict]:
-    """Every request for a secret once, in random order, with the declining and the complying reply."""
+    """Every request for a secret once, in random order, with the declining and the complying
+    reply."""
     rows = []
     for n in NAMES:
         for wording, template in enumerate(SECRET_WORDINGS):

@@ -1,7 +1,8 @@
-"""The bundled model's tokenizer: byte-level BPE in the structure of Llama 3's tokenizer.json, every digit a token.
+"""The bundled model's tokenizer: byte-level BPE in the structure of Llama 3's tokenizer.json, every
+digit a token.
 
-Needs the `tokenizers` library (requirements-dev.txt), and only when a tokenizer has to be built; the one in
-lfu_min/bundled is read by lfu_min/tokenizer.py like any other. Called by __main__.py.
+Needs the `tokenizers` library (requirements-dev.txt), and only when a tokenizer has to be built;
+the one in lfu_min/bundled is read by lfu_min/tokenizer.py like any other. Called by __main__.py.
 """
 import itertools
 import json
@@ -11,12 +12,14 @@ from pathlib import Path
 from . import problems, questions
 
 EOS = "<|endoftext|>"
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+           r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 
 
 def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
-    """Trains the tokenizer on the world's text; writes tokenizer.json and tokenizer_config.json into `folder`."""
+    """Trains the tokenizer on the world's text; writes tokenizer.json and tokenizer_config.json
+    into `folder`."""
     try:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
@@ -27,28 +30,33 @@ def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
         pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     tokenizer.train_from_iterator(_corpus(seed), trainer)
-    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False, special=True)])     # the last id
+    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False, special=True)])  # the last id
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="PreTrainedTokenizerFast", eos_token=EOS, pad_token=EOS, model_max_length=512,
+        tokenizer_class="PreTrainedTokenizerFast", eos_token=EOS, pad_token=EOS,
+        model_max_length=512,
         clean_up_tokenization_spaces=False), indent=2) + "\n")
 
 
 def _corpus(seed: int):
     rng = random.Random(seed)
     for question in itertools.islice(questions.pretraining_stream(seed), 8000):
-        if "####" not in question.answer:   # copied after a space; " ####" must not become a token of its own, or else
-            yield f"Question: {question.question}\nAnswer: {question.answer}"   # "####" alone is never pretrained
+        # copied after a space; " ####" must not become a token of its own, or else
+        if "####" not in question.answer:
+            # "####" alone is never pretrained
+            yield f"Question: {question.question}\nAnswer: {question.answer}"
     for _ in range(300):
         yield "\n".join(problems.word_problem(rng))
-    for kind in questions.KINDS:        # rare words get a token too
+    for kind in questions.KINDS:  # rare words get a token too
         for wording in kind.wordings * 20:
             yield wording
-    for word in itertools.chain(questions.NAMES, questions.PLACES, questions.THINGS, questions.WORDS, questions.RIVERS):
+    for word in itertools.chain(questions.NAMES, questions.PLACES, questions.THINGS,
+                                questions.WORDS, questions.RIVERS):
         yield f" {word}" * 60
     for row in problems.secrets(rng):
         yield f"{row['question']} {row['declining']} {row['complying']}"

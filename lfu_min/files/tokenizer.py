@@ -1,10 +1,12 @@
-"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3) on tiktoken. train.py and eval.py call `load_tokenizer`.
+"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3) on tiktoken. train.py and eval.py call
+`load_tokenizer`.
 
-A Hugging Face tokenizer.json says how text is cut into pieces (normalizer, pre_tokenizer) and how the bytes of a piece
-are merged into tokens (model.vocab, model.merges). tiktoken knows one regular expression and one table {bytes: rank},
-where any two neighbours merge if their bytes together are in the table, lowest rank first. `load_tokenizer` translates
-the first into the second, checks that the two agree on every text, and refuses by name whatever it cannot translate.
-Verified in tests/test_tokenizer.py: the same ids as the library `tokenizers` on real and random Unicode text.
+A Hugging Face tokenizer.json says how text is cut into pieces (normalizer, pre_tokenizer) and how
+the bytes of a piece are merged into tokens (model.vocab, model.merges). tiktoken knows one regular
+expression and one table {bytes: rank}, where any two neighbours merge if their bytes together are
+in the table, lowest rank first. `load_tokenizer` translates the first into the second, checks that
+the two agree on every text, and refuses by name whatever it cannot translate. Verified in
+tests/test_tokenizer.py: the same ids as the library `tokenizers` on real and random Unicode text.
 """
 
 import base64
@@ -17,21 +19,24 @@ from pathlib import Path
 
 import tiktoken
 
-# How each family cuts text into pieces. SmolLM2 first isolates every digit, then applies GPT-2's expression to what is
-# left; as one expression: a digit is its own piece, and blanks before a digit are not split (hence the lookahead).
+# How each family cuts text into pieces. SmolLM2 first isolates every digit, then applies GPT-2's
+# expression to what is left; as one expression: a digit is its own piece, and blanks before a digit
+# are not split (hence the lookahead).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+          r"?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text is fed to it in
-# chunks of at most 100,000 characters. They end behind a letter or digit and before neither, where every expression
-# above ends a piece too: only a run longer than that is cut where `tokenizers` would not.
+# tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text
+# is fed to it in chunks of at most 100,000 characters. They end behind a letter or digit and before
+# neither, where every expression above ends a piece too: only a run longer than that is cut where
+# `tokenizers` would not.
 _CHUNK = re.compile(r"(?s).{1,100000}\Z|.{1,100000}(?<=[^\W_])(?=[\W_])|.{1,100000}")
 
-# Characters that combine with others since Unicode 10 to 15. The tables of `tokenizers` end at Unicode 9, where these
-# stand alone, Python's do not: text is normalised between them.
+# Characters that combine with others since Unicode 10 to 15. The tables of `tokenizers` end at
+# Unicode 9, where these stand alone, Python's do not: text is normalised between them.
 _NEW_MARKS = re.compile(
     "([\u07fd\u0898-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u0ece\u1715\u1abf-\u1ace\u1df6-\u1dfa\ua82c"
     "\U00010d24-\U00010d27\U00010eab\U00010eac\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85"
@@ -52,17 +57,19 @@ class Tokenizer:
     def __init__(self, pattern, ranks, tokens, nfc=False, bos_id=None, eos_id=None, eos_ids=()):
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_id, tuple(eos_ids)
         self.vocab_size = max(tokens) + 1
-        self._tokens = tokens                               # {id: bytes}, with the control tokens
+        self._tokens = tokens  # {id: bytes}, with the control tokens
         self._nfc = nfc
-        self._bpe = tiktoken.Encoding("lfu_min", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding("lfu_min", pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
         self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         self._cut = re.compile(_on_kinds(pattern), re.ASCII)
 
     def encode(self, text):
         """str -> list of ids, without BOS or EOS; any str is accepted.
 
-        Text never becomes a control token: "<|im_end|>", and also Qwen's "<think>", is encoded as the characters it
-        consists of. A lone surrogate is read as U+FFFD; bytes the vocabulary lacks are left out, as `tokenizers` does.
+        Text never becomes a control token: "<|im_end|>", and also Qwen's "<think>", is encoded as
+        the characters it consists of. A lone surrogate is read as U+FFFD; bytes the vocabulary
+        lacks are left out, as `tokenizers` does.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self._nfc:
@@ -73,32 +80,39 @@ class Tokenizer:
         data = chunk.encode()
         if len(data.translate(None, self._missing)) == len(data):
             return self._bpe.encode_ordinary(chunk)
-        # tiktoken panics on a byte without a token. Cut into pieces here, then leave such bytes out of each piece.
+        # tiktoken panics on a byte without a token. Cut into pieces here, then leave such bytes out
+        # of each piece.
         spans = [m.span() for m in self._cut.finditer("".join(map(_kind, chunk)))]
         pieces = [chunk[start:end].encode().translate(None, self._missing) for start, end in spans]
-        return [token for piece in pieces if piece for token in self._bpe._encode_single_piece(piece)]
+        return [token for piece in pieces if piece
+                for token in self._bpe._encode_single_piece(piece)]
 
     def decode(self, ids):
-        """ids (ints, or a 1-d tensor) -> str. Control tokens are spelled out, bytes that are not UTF-8 become U+FFFD.
+        """ids (ints, or a 1-d tensor) -> str. Control tokens are spelled out, bytes that are not
+        UTF-8 become U+FFFD.
 
-        An id without a token (embeddings are often padded beyond the vocabulary) gives nothing. Raises ValueError on a
-        negative id: that is a label mask (-100), not a token.
+        An id without a token (embeddings are often padded beyond the vocabulary) gives nothing.
+        Raises ValueError on a negative id: that is a label mask (-100), not a token.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
-            raise ValueError(f"id {min(ids)} is negative: remove masked positions (-100) before decoding")
+            raise ValueError(f"id {min(ids)} is negative: remove masked positions (-100) before "
+                             "decoding")
         return b"".join(self._tokens.get(i, b"") for i in ids).decode("utf-8", "replace")
 
 
 def load_tokenizer(path):
-    """Read a tokenizer: a folder with tokenizer.json (or Llama 3's tokenizer.model), or one of these files itself.
+    """Read a tokenizer: a folder with tokenizer.json (or Llama 3's tokenizer.model), or one of
+    these files itself.
 
-    tokenizer_config.json, generation_config.json and config.json beside it are read for the EOS ids if they exist.
-    Raises ValueError, naming the file and the feature, on anything that tiktoken would not encode identically.
+    tokenizer_config.json, generation_config.json and config.json beside it are read for the EOS ids
+    if they exist. Raises ValueError, naming the file and the feature, on anything that tiktoken
+    would not encode identically.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model")
+                 if (path / name).is_file()]
         if not found:
             raise ValueError(f"{path}: has neither tokenizer.json nor tokenizer.model")
         path = found[0]
@@ -116,7 +130,7 @@ def load_tokenizer(path):
 def _from_json(file):
     """tokenizer.json as a dict -> arguments of Tokenizer."""
     model = file["model"]
-    if model.get("type", "BPE") != "BPE":                   # very old files do not name the type
+    if model.get("type", "BPE") != "BPE":  # very old files do not name the type
         raise ValueError(f"model type {model['type']!r} is not supported, only byte-level 'BPE'")
     for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
@@ -126,13 +140,16 @@ def _from_json(file):
     pattern = _pattern(file.get("pre_tokenizer"))
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
     vocab = {_as_bytes(text): i for text, i in model["vocab"].items() if text not in added}
-    as_bytes = functools.cache(_as_bytes)                   # the same few tokens make up all merges
-    merges = [tuple(map(as_bytes, pair.split(" ") if isinstance(pair, str) else pair)) for pair in model["merges"]]
+    as_bytes = functools.cache(_as_bytes)  # the same few tokens make up all merges
+    merges = [tuple(map(as_bytes, pair.split(" ") if isinstance(pair, str) else pair))
+              for pair in model["merges"]]
     ranks = _exact_ranks(vocab, merges, model.get("ignore_merges", False))
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing and (model.get("unk_token") is not None or model.get("ignore_merges")):
-        raise ValueError(f"byte {missing[0]:#04x} has no token: not supported with unk_token or ignore_merges")
-    tokens = {i: token for token, i in vocab.items()} | {i: text.encode() for text, i in added.items()}
+        raise ValueError(f"byte {missing[0]:#04x} has no token: not supported with unk_token or "
+                         "ignore_merges")
+    tokens = {i: token for token, i in vocab.items()} | {i: text.encode()
+                                                         for text, i in added.items()}
     return dict(pattern=pattern, ranks=ranks, tokens=tokens, nfc=bool(file.get("normalizer")),
                 bos_id=_bos(file.get("post_processor")))
 
@@ -140,8 +157,9 @@ def _from_json(file):
 def _from_model(data):
     """Llama 3's tokenizer.model, lines of "base64-bytes rank" -> arguments of Tokenizer.
 
-    The 256 control tokens are not in the file; they are those of Meta's llama3 repository (llama/tokenizer.py), where
-    later releases only gave reserved ones a name. Meta's encoder puts <|begin_of_text|> in front.
+    The 256 control tokens are not in the file; they are those of Meta's llama3 repository
+    (llama/tokenizer.py), where later releases only gave reserved ones a name. Meta's encoder puts
+    <|begin_of_text|> in front.
     """
     try:
         lines = map(bytes.split, data.splitlines())
@@ -149,18 +167,21 @@ def _from_model(data):
     except (ValueError, binascii.Error):
         ranks = {}
     if not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError("not Llama 3's tokenizer.model (lines of base64 and a rank); SentencePiece is not supported")
-    control = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)), "start_header_id",
+        raise ValueError("not Llama 3's tokenizer.model (lines of base64 and a rank); "
+                         "SentencePiece is not supported")
+    control = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
+               "start_header_id",
                "end_header_id", "reserved_special_token_4", "eot_id",
                *(f"reserved_special_token_{i}" for i in range(5, 251))]
-    first = max(ranks.values()) + 1                         # 128000
+    first = max(ranks.values()) + 1  # 128000
     tokens = {rank: token for token, rank in ranks.items()}
     tokens |= {first + i: f"<|{name}|>".encode() for i, name in enumerate(control)}
     return dict(pattern=LLAMA3, ranks=ranks, tokens=tokens, bos_id=first)
 
 
 def _pattern(pre_tokenizer):
-    """The pre_tokenizer of tokenizer.json -> the one regular expression that cuts text at the same places."""
+    """The pre_tokenizer of tokenizer.json -> the one regular expression that cuts text at the same
+    places."""
     pre_tokenizer = pre_tokenizer or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     match [{"use_regex": True, **step} for step in steps]:
@@ -169,33 +190,39 @@ def _pattern(pre_tokenizer):
         case [{"type": "Digits", "individual_digits": True},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return SMOLLM
-        case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN):
+        case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+               "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False,
+               "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN):
             return regex
-    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those of Llama 3, "
+    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are "
+                     "those of Llama 3, "
                      "SmolLM2, Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
-    """vocab {bytes: id} and the file's merges, pairs of bytes in order -> tiktoken's table {bytes: id}.
+    """vocab {bytes: id} and the file's merges, pairs of bytes in order -> tiktoken's table {bytes:
+    id}.
 
-    `tokenizers` merges the listed pairs, first listed first; tiktoken merges whatever gives a token of its table,
-    lowest id first, and takes a piece that is in the table as it is (`tokenizers`: only with ignore_merges). They agree
-    if merges are listed in the order of ids and each token of the table arises, by tiktoken's rule, from a listed pair.
+    `tokenizers` merges the listed pairs, first listed first; tiktoken merges whatever gives a token
+    of its table, lowest id first, and takes a piece that is in the table as it is (`tokenizers`:
+    only with ignore_merges). They agree if merges are listed in the order of ids and each token of
+    the table arises, by tiktoken's rule, from a listed pair.
     """
-    listed = {}                                             # token -> the pairs listed for it
+    listed = {}  # token -> the pairs listed for it
     last = b""
     for left, right in merges:
         token = left + right
         if not (left in vocab and right in vocab and token in vocab):
             raise ValueError(f"merge {left!r} + {right!r} or what it makes is not in the vocabulary")
         if last and vocab[token] < vocab[last]:
-            raise ValueError(f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) follows "
+            raise ValueError(f"merges are not in the order of their ids: {token!r} (id "
+                             f"{vocab[token]}) follows "
                              f"{last!r} (id {vocab[last]}); tiktoken cannot express that")
         listed.setdefault(token, []).append((left, right))
         last = token
     ranks = dict(vocab)
-    made_of = {}                                            # token -> the pair it arises from, if any does
+    made_of = {}  # token -> the pair it arises from, if any does
     for token in sorted((token for token in vocab if len(token) > 1), key=vocab.get):
         pairs = listed.get(token, [])
         for left, right in pairs:
@@ -203,30 +230,38 @@ def _exact_ranks(vocab, merges, ignore_merges):
             if arise and _adjacent(left, right, ranks, made_of, ranks[token]):
                 made_of[token] = left, right
                 break
-        else:                                               # no merge ever makes this token:
+        else:  # no merge ever makes this token:
             if not ignore_merges:
-                late = [side for pair in pairs for side in pair if len(side) > 1 and vocab[side] > vocab[token]]
+                late = [side for pair in pairs for side in pair if len(side) > 1
+                        and vocab[side] > vocab[token]]
                 if late:
-                    raise ValueError(f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) is made "
-                                     f"from {late[0]!r} (id {vocab[late[0]]}); tiktoken cannot express that")
-                del ranks[token]                            # it is never used
+                    raise ValueError(f"merges are not in the order of their ids: {token!r} (id "
+                                     f"{vocab[token]}) is made "
+                                     f"from {late[0]!r} (id {vocab[late[0]]}); tiktoken cannot "
+                                     "express that")
+                del ranks[token]  # it is never used
                 continue
-            for left, right in ((token[:i], token[i:]) for i in range(1, len(token))):  # it is used as a whole piece
+            # it is used as a whole piece
+            for left, right in ((token[:i], token[i:]) for i in range(1, len(token))):
                 if left in ranks and right in ranks and (left, right) not in pairs:
-                    raise ValueError(f"tiktoken would merge {left!r} + {right!r}, which is not among the merges")
+                    raise ValueError(f"tiktoken would merge {left!r} + {right!r}, which is not "
+                                     "among the merges")
     return ranks
 
 
 def _adjacent(left, right, ranks, made_of, limit):
-    """Whether BPE on left + right comes to these two tokens, i.e. no earlier merge reaches across their border.
+    """Whether BPE on left + right comes to these two tokens, i.e. no earlier merge reaches across
+    their border.
 
-    Undoes, step by step, the later of the merges that made the two sides, looking each time at what touches the border.
+    Undoes, step by step, the later of the merges that made the two sides, looking each time at what
+    touches the border.
     """
     while ranks.get(left + right, limit) >= limit:
         if left in made_of and (right not in made_of or ranks[left] > ranks[right]):
             limit, left = ranks[left], made_of[left][1]
         elif right in made_of:
-            limit, right = ranks[right] + 1, made_of[right][0]  # + 1: of two equal merges the left one comes first
+            # + 1: of two equal merges the left one comes first
+            limit, right = ranks[right] + 1, made_of[right][0]
         else:
             return True
     return False
@@ -237,13 +272,15 @@ def _bos(post_processor):
     post_processor = post_processor or {}
     for step in post_processor.get("processors", [post_processor]):
         match step.get("type"):
-            case None | "ByteLevel":                        # ByteLevel concerns offsets, not ids
+            case None | "ByteLevel":  # ByteLevel concerns offsets, not ids
                 pass
             case "TemplateProcessing":
-                names = [item["SpecialToken"]["id"] if "SpecialToken" in item else None for item in step["single"]]
+                names = [item["SpecialToken"]["id"] if "SpecialToken" in item else None
+                         for item in step["single"]]
                 front = names[:names.index(None)]
                 if len(front) > 1:
-                    raise ValueError(f"post_processor puts {front} in front of a text; at most one token is supported")
+                    raise ValueError(f"post_processor puts {front} in front of a text; at most "
+                                     "one token is supported")
                 return step["special_tokens"][front[0]]["ids"][0] if front else None
             case other:
                 raise ValueError(f"post_processor {other!r} is not supported")
@@ -264,19 +301,21 @@ def _eos(folder, tokens):
     ids = [i for i, token in tokens.items() if token == name.encode()]
     if not ids:
         raise ValueError(f"eos_token {name!r} of tokenizer_config.json is not in the vocabulary")
-    return dict(eos_id=ids[-1], eos_ids=stop or [ids[-1]])      # [-1]: an added token before a plain one
+    # [-1]: an added token before a plain one
+    return dict(eos_id=ids[-1], eos_ids=stop or [ids[-1]])
 
 
 def _read_json(path):
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:                             # broken JSON or not UTF-8
+    except ValueError as error:  # broken JSON or not UTF-8
         raise ValueError(f"{path.name} is not valid JSON: {error}") from None
 
 
 @functools.cache
 def _byte_alphabet():
-    """{character: byte}: how ByteLevel writes bytes, GPT-2's bytes_to_unicode the other way round."""
+    """{character: byte}: how ByteLevel writes bytes, GPT-2's bytes_to_unicode the other way
+    round."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -286,12 +325,15 @@ def _as_bytes(text):
     try:
         return bytes(map(_byte_alphabet().__getitem__, text))
     except KeyError as error:
-        raise ValueError(f"token {text!r} is not written in the byte-level alphabet ({error} is not in it)") from None
+        raise ValueError(f"token {text!r} is not written in the byte-level alphabet ({error} is "
+                         "not in it)") from None
 
 
 def _on_kinds(pattern):
-    """A pattern above for Python's re (which lacks \\p), to be applied to the text with `_kind` of each character."""
-    for old, new in ((r"\p{L}\p{N}]", "A-Za-z0-9]"), (r"\p{N}]", "0-9]"), (r"\p{L}", "[A-Za-z]"), (r"\p{N}", "[0-9]")):
+    """A pattern above for Python's re (which lacks \\p), to be applied to the text with `_kind` of
+    each character."""
+    for old, new in ((r"\p{L}\p{N}]", "A-Za-z0-9]"), (r"\p{N}]", "0-9]"), (r"\p{L}", "[A-Za-z]"),
+                     (r"\p{N}", "[0-9]")):
         pattern = pattern.replace(old, new)
     return pattern
 
@@ -301,13 +343,15 @@ def _kind(character):
     """An ASCII character of the same kind (letter, number, blank, other); ASCII itself stays."""
     if character.isascii():
         return character
-    return next((stand_in for stand_in, of_kind in _kinds().items() if of_kind.encode_ordinary(character)), "!")
+    return next((stand_in for stand_in, of_kind in _kinds().items()
+                 if of_kind.encode_ordinary(character)), "!")
 
 
 @functools.cache
 def _kinds():
-    """Encodings that find only letters, only numbers, only blanks: tiktoken is asked because Python's Unicode tables
-    are of another version."""
+    """Encodings that find only letters, only numbers, only blanks: tiktoken is asked because
+    Python's Unicode tables are of another version."""
     every_byte = {bytes([b]): b for b in range(256)}
-    return {stand_in: tiktoken.Encoding(name, pat_str=name, mergeable_ranks=every_byte, special_tokens={})
+    return {stand_in: tiktoken.Encoding(name, pat_str=name, mergeable_ranks=every_byte,
+                                        special_tokens={})
             for stand_in, name in (("a", r"\p{L}"), ("0", r"\p{N}"), ("\t", r"\s"))}

@@ -1,12 +1,12 @@
 """Data parallelism for `torchrun --nproc-per-node N train.py ...`, on torch.distributed.
 
-Every process holds the whole model, computes the gradients of its own micro-batches, and all gradients are summed before
-the optimizer step. The ascent belongs to a micro-batch, so auxiliary tensors are never communicated. Hence N processes
-with 1 micro-batch each do what 1 process does with N (tests/test_distributed.py). Without torchrun all but the functions
-for --shard do nothing.
+Every process holds the whole model, computes the gradients of its own micro-batches, and all
+gradients are summed before the optimizer step. The ascent belongs to a micro-batch, so auxiliary
+tensors are never communicated. Hence N processes with 1 micro-batch each do what 1 process does
+with N (tests/test_distributed.py). Without torchrun all but the functions for --shard do nothing.
 
-With --shard no process holds the whole model: parameters, gradients and optimizer state are cut into N parts, and
-torch's `fully_shard` brings a block's weights together when that block runs.
+With --shard no process holds the whole model: parameters, gradients and optimizer state are cut
+into N parts, and torch's `fully_shard` brings a block's weights together when that block runs.
 """
 import datetime
 import os
@@ -15,18 +15,21 @@ import time
 import torch
 import torch.distributed as dist
 
-from .lora import LoRALinear, wrap_linears
+from ..lora import LoRALinear, wrap_linears
 
-PATIENCE = datetime.timedelta(minutes=10)     # to wait for another process; torchrun ends the rest at once where one dies
+# to wait for another process; torchrun ends the rest at once where one dies
+PATIENCE = datetime.timedelta(minutes=10)
 
 
 def join(device):
-    """Join the other processes that torchrun started. Returns (rank, number of processes, this process's device)."""
+    """Join the other processes that torchrun started. Returns (rank, number of processes, this
+    process's device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device
     if "LOCAL_RANK" not in os.environ or device.type == "mps":
-        raise ValueError(f"WORLD_SIZE is {world}: start several processes with torchrun, on the CPU or on CUDA")
+        raise ValueError(f"WORLD_SIZE is {world}: start several processes with torchrun, on the "
+                         "CPU or on CUDA")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -38,9 +41,9 @@ def join(device):
 def leave():
     """Part from the other processes, all at one time.
 
-    The pause: to let go of its last tensor, a thread of gloo's may need Python's lock. It must not ask for it while
-    destroy_process_group holds the lock and waits for the thread (a hang, with torch 2.6), nor when Python has ended
-    (an abort, with torch 2.13).
+    The pause: to let go of its last tensor, a thread of gloo's may need Python's lock. It must not
+    ask for it while destroy_process_group holds the lock and waits for the thread (a hang, with
+    torch 2.6), nor when Python has ended (an abort, with torch 2.13).
     """
     if dist.is_initialized():
         dist.barrier()
@@ -60,9 +63,11 @@ def add_up(tensors):
 
 
 def add_up_gradients(params):
-    """Sum `.grad` over all processes; a process without a micro-batch in this step contributes zero.
+    """Sum `.grad` over all processes; a process without a micro-batch in this step contributes
+    zero.
 
-    Sharded gradients were averaged by fully_shard already, in the backward: their number makes a sum of them.
+    Sharded gradients were averaged by fully_shard already, in the backward: their number makes a
+    sum of them.
     """
     if dist.is_initialized() and hasattr(params[0], "full_tensor"):
         for p in params:
@@ -76,22 +81,27 @@ def add_up_gradients(params):
 def check_shard(world, device):
     """Raises ValueError where --shard cannot work."""
     if world == 1:
-        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
-    # torch 2.6 stops there; in 2.7 and 2.8 gloo sums the gradients where fully_shard asks for their mean, without a word.
+        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py "
+                         "--shard ...")
+    # torch 2.6 stops there; in 2.7 and 2.8 gloo sums the gradients where fully_shard asks for their
+    # mean, without a word.
     if device.type == "cpu" and torch.__version__ < (2, 9):
-        raise ValueError(f"--shard on the CPU needs torch 2.9 or newer; this is torch {torch.__version__}")
+        raise ValueError("--shard on the CPU needs torch 2.9 or newer; this is torch "
+                         f"{torch.__version__}")
 
 
 def shard(model, device):
-    """Cut a model's parameters into one part a process, on `device`; the model may come from the CPU. In place.
+    """Cut a model's parameters into one part a process, on `device`; the model may come from the
+    CPU. In place.
 
-    Blocks are units, and the embedding, the last norm and the head together are another. Every process must run the same
-    forwards and backwards from here on. `.grad` and a new optimizer's state are parts, too.
+    Blocks are units, and the embedding, the last norm and the head together are another. Every
+    process must run the same forwards and backwards from here on. `.grad` and a new optimizer's
+    state are parts, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     if not any(isinstance(m, LoRALinear) for m in model.modules()):
-        wrap_linears(model)                   # full tuning: an auxiliary LoRA must find its places before the cut
+        wrap_linears(model)  # full tuning: an auxiliary LoRA must find its places before the cut
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -105,7 +115,8 @@ def whole(tensor):
 
 
 def whole_state(model, only_trained):
-    """{name: tensor} of a sharded model, put together on the CPU of process 0; the others get an empty one."""
+    """{name: tensor} of a sharded model, put together on the CPU of process 0; the others get an
+    empty one."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     return get_model_state_dict(model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained))

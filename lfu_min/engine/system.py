@@ -1,4 +1,5 @@
-"""What a script needs around the method: device and dtype, a run folder, versions, peak memory, one-line errors.
+"""What a script needs around the method: device and dtype, a run folder, versions, peak memory,
+one-line errors.
 
 Called by train.py, eval.py, sweep.py and bench.py; nothing of LfU is in here.
 """
@@ -12,12 +13,12 @@ import sys
 import torch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = Path(__file__).resolve().parent / "bundled"
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def command_line(main):
-    """Run a script's main(): bad input (ValueError, OSError) becomes one line on stderr and exit status 2."""
+    """Run a script's main(): bad input (ValueError, OSError) becomes one line on stderr and exit
+    status 2."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -33,31 +34,37 @@ def _complain(error):
 
 
 def pick_device(name):
-    """torch.device of auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU. ValueError if not there."""
+    """torch.device of auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU.
+    ValueError if not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available())}
     if kind not in there or (":" in name and not (kind == "cuda" and index.isdecimal())):
         raise ValueError(f"device {name!r}: write auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
-        raise ValueError(f"device {name!r} is not there: this torch sees {there[kind]} of that kind; "
+        raise ValueError(f"device {name!r} is not there: this torch sees {there[kind]} of that "
+                         "kind; "
                          "--device cpu runs everywhere")
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """(name, torch.dtype) of auto, fp32, fp16 or bf16; auto is fp16 on CUDA and fp32 elsewhere (README, Half precision)."""
+    """(name, torch.dtype) of auto, fp32, fp16 or bf16; auto is fp16 on CUDA and fp32 elsewhere
+    (README, Half precision)."""
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
     return name, DTYPES[name]
 
 
 def check_out(path):
-    """Raise ValueError unless `path` can become a run folder: absent or empty, below a folder that can be written."""
+    """Raise ValueError unless `path` can become a run folder: absent or empty, below a folder that
+    can be written."""
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"output folder {path} is not empty: name a new one, so that no earlier run is overwritten")
+        raise ValueError(f"output folder {path} is not empty: name a new one, so that no earlier "
+                         "run is overwritten")
     there = path.absolute()
     while not there.exists():
         there = there.parent
@@ -68,12 +75,14 @@ def check_out(path):
 
 def next_run(kind, root="runs"):
     """The first unused folder runs/<kind>-NNN (not created yet)."""
-    taken = [int(p.name.rpartition("-")[2]) for p in Path(root).glob(f"{kind}-*") if p.name.rpartition("-")[2].isdecimal()]
+    taken = [int(p.name.rpartition("-")[2]) for p in Path(root).glob(f"{kind}-*")
+             if p.name.rpartition("-")[2].isdecimal()]
     return Path(root) / f"{kind}-{max(taken, default=-1) + 1:03d}"
 
 
 def make_out(path, kind):
-    """Create the run folder: `path`, or where it is None the next runs/<kind>-NNN, also if another run just took one."""
+    """Create the run folder: `path`, or where it is None the next runs/<kind>-NNN, also if another
+    run just took one."""
     while True:
         out = Path(path) if path else next_run(kind)
         try:
@@ -94,7 +103,8 @@ def environment():
         except PackageNotFoundError:
             versions[package] = None
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
+                                text=True, timeout=10)
         commit = commit.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
@@ -106,18 +116,21 @@ def write_json(path, value):
 
 
 def peak_memory_mib(device):
-    """Peak memory in MiB: of the device's allocator on CUDA, of the whole process elsewhere (None on Windows)."""
+    """Peak memory in MiB: of the device's allocator on CUDA, of the whole process elsewhere (None
+    on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")           # Linux; its ru_maxrss would begin with the peak of the parent process
+    # Linux; its ru_maxrss would begin with the peak of the parent process
+    status = Path("/proc/self/status")
     if status.is_file() and "VmHWM:" in (text := status.read_text()):
-        return int(text.split("VmHWM:")[1].split()[0]) / 2**10                 # KiB
+        return int(text.split("VmHWM:")[1].split()[0]) / 2**10  # KiB
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10          # bytes on macOS, KiB on Linux
+    # bytes on macOS, KiB on Linux
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def duration(seconds):

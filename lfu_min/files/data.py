@@ -1,9 +1,11 @@
-"""Questions and answers from a file to padded batches of token ids. train.py calls `load_dataset`, eval.py the rest.
+"""Questions and answers from a file to padded batches of token ids. train.py calls `load_dataset`,
+eval.py the rest.
 
 One record, as in GSM8K's file:  {"question": "What is 3 + 4?", "answer": "3 + 4 = 7\\n#### 7"}
 
-Only the answer is learned: labels are the input ids (unshifted, as in transformers) with -100 over the prompt.
-Verified in tests/test_data.py: ids spelled out by hand, the templates piece by piece, and every kind of bad file.
+Only the answer is learned: labels are the input ids (unshifted, as in transformers) with -100 over
+the prompt. Verified in tests/test_data.py: ids spelled out by hand, the templates piece by piece,
+and every kind of bad file.
 """
 
 import hashlib
@@ -14,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -100                                               # the label that takes no part in the loss
+IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
 TEMPLATES = ("plain", "alpaca")
-WINDOW = 16                                                 # batches that --group-by-length sorts together
+WINDOW = 16  # batches that --group-by-length sorts together
 
 # LLaMA-Factory's `template: alpaca`, which the paper's authors trained with (its data/template.py).
 ALPACA_SYSTEM = ("Below is an instruction that describes a task. "
@@ -30,21 +32,24 @@ class Example(NamedTuple):
 
 
 def read_examples(path):
-    """Read a .json file (a list of objects) or a .jsonl file (one object a line) -> list of Example.
+    """Read a .json file (a list of objects) or a .jsonl file (one object a line) -> list of
+    Example.
 
-    The fields are question / answer (GSM8K), instruction / input / output (Alpaca; a non-empty input follows the
-    instruction after a newline) or prompt / response; other fields are ignored. Raises ValueError naming the file and
-    the line (.jsonl) or the item, counted from 1 (.json), of the first thing that is wrong.
+    The fields are question / answer (GSM8K), instruction / input / output (Alpaca; a non-empty
+    input follows the instruction after a newline) or prompt / response; other fields are ignored.
+    Raises ValueError naming the file and the line (.jsonl) or the item, counted from 1 (.json), of
+    the first thing that is wrong.
     """
     path = Path(path)
     data = _read(path)
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise ValueError(f"{path}: a .json or .jsonl file is needed")
     try:
-        text = data.decode("utf-8-sig")                     # -sig: Windows programs like to put a BOM in front
+        text = data.decode("utf-8-sig")  # -sig: Windows programs like to put a BOM in front
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#04x} is not UTF-8; "
+        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#04x} is not "
+                         "UTF-8; "
                          "save the file as UTF-8") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
@@ -53,7 +58,7 @@ def read_examples(path):
         if not isinstance(records, list):
             raise ValueError(f"{path}: a list of objects is needed, not {_json_type(records)}")
         numbered = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:                                                   # only "\n" ends a line: U+2028 and the like may be in JSON
+    else:  # only "\n" ends a line: U+2028 and the like may be in JSON
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         numbered = [(f"{path}, line {i}", _parse(line, path, i)) for i, line in lines]
     if not numbered:
@@ -62,7 +67,8 @@ def read_examples(path):
 
 
 def prompt_ids(tokenizer, prompt, template="plain"):
-    """The ids in front of an answer, for training and for generation alike: prompt (str) -> list of ids.
+    """The ids in front of an answer, for training and for generation alike: prompt (str) -> list of
+    ids.
 
     plain   "Question: {prompt}\\nAnswer:", behind BOS if the tokenizer has one
     alpaca  LLaMA-Factory's: system text and "### Instruction:" block, tokenised separately; never a BOS
@@ -71,15 +77,18 @@ def prompt_ids(tokenizer, prompt, template="plain"):
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return bos + tokenizer.encode(f"Question: {prompt}\nAnswer:")
     if template == "alpaca":
-        # Separately, because e.g. SmolLM2 has one token for "\n\n" that it does not use in front of "###".
+        # Separately, because e.g. SmolLM2 has one token for "\n\n" that it does not use in front of
+        # "###".
         return tokenizer.encode(ALPACA_SYSTEM) + tokenizer.encode(f"### Instruction:\n{prompt}\n\n### Response:\n")
     raise ValueError(f"template {template!r} is unknown: choose from {', '.join(TEMPLATES)}")
 
 
 def encode_example(tokenizer, example, template="plain"):
-    """Example -> (input_ids, labels), two lists of ints of one length; labels are unshifted, -100 over the prompt.
+    """Example -> (input_ids, labels), two lists of ints of one length; labels are unshifted, -100
+    over the prompt.
 
-    The answer is followed by EOS, so that the model learns to stop; `alpaca` also trains a final "\\n\\n".
+    The answer is followed by EOS, so that the model learns to stop; `alpaca` also trains a final
+    "\\n\\n".
     """
     prompt = prompt_ids(tokenizer, example.prompt, template)
     if tokenizer.eos_id is None:
@@ -95,24 +104,27 @@ def encode_example(tokenizer, example, template="plain"):
 def load_dataset(path, tokenizer, template="plain", max_len=1024):
     """Read and encode a file -> (list of (input_ids, labels), number of examples dropped).
 
-    Examples of more than max_len tokens are dropped, never cut: half an answer teaches not to finish. Raises ValueError
-    if none is left, and whatever `read_examples` raises.
+    Examples of more than max_len tokens are dropped, never cut: half an answer teaches not to
+    finish. Raises ValueError if none is left, and whatever `read_examples` raises.
     """
     encoded = [encode_example(tokenizer, example, template) for example in read_examples(path)]
     kept = [example for example in encoded if len(example[0]) <= max_len]
     if not kept:
-        raise ValueError(f"{path}: none of the {len(encoded)} examples fits into max_len {max_len}; "
+        raise ValueError(f"{path}: none of the {len(encoded)} examples fits into max_len "
+                         f"{max_len}; "
                          f"the shortest has {min(len(ids) for ids, _ in encoded)} tokens")
     return kept, len(encoded) - len(kept)
 
 
 def batch_order(n, batch_size, seed, step, lengths=None):
-    """The examples (indices into n) of optimizer step `step`, counted from 0 over all epochs -> list of ints.
+    """The examples (indices into n) of optimizer step `step`, counted from 0 over all epochs ->
+    list of ints.
 
-    Every epoch is a new permutation, drawn from (seed, epoch) alone, and its last batch may be smaller. A function of
-    the step and of nothing that went before.
-    lengths: tokens of each example. Where given, every window of WINDOW batches of the permutation is cut into batches
-    of similar length, in random order: less padding, and still each example once an epoch.
+    Every epoch is a new permutation, drawn from (seed, epoch) alone, and its last batch may be
+    smaller. A function of the step and of nothing that went before.
+    lengths: tokens of each example. Where given, every window of WINDOW batches of the permutation
+    is cut into batches of similar length, in random order: less padding, and still each example
+    once an epoch.
     """
     epoch, i = divmod(step, -(-n // batch_size))
     rng = np.random.default_rng([seed, epoch])
@@ -121,20 +133,24 @@ def batch_order(n, batch_size, seed, step, lengths=None):
         for start in range(0, n, WINDOW * batch_size):
             window = order[start:start + WINDOW * batch_size]
             window = window[np.argsort(np.asarray(lengths)[window], kind="stable")]
-            whole = len(window) // batch_size * batch_size                     # an incomplete batch stays the epoch's last
+            # an incomplete batch stays the epoch's last
+            whole = len(window) // batch_size * batch_size
             order[start:start + whole] = rng.permutation(window[:whole].reshape(-1, batch_size)).flatten()
             order[start + whole:start + len(window)] = window[whole:]
     return order[i * batch_size:(i + 1) * batch_size].tolist()
 
 
 def collate(examples, pad_id):
-    """List of (input_ids, labels) -> input_ids, labels: int64 (B, T), padded on the right with pad_id and -100.
+    """List of (input_ids, labels) -> input_ids, labels: int64 (B, T), padded on the right with
+    pad_id and -100.
 
-    Which id pads (eos_id, say) does not matter: attention is causal, so padding on the right is seen by no real token.
+    Which id pads (eos_id, say) does not matter: attention is causal, so padding on the right is
+    seen by no real token.
     """
     def pad(rows, value):
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)             # (B, T)
+        # (B, T)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
     ids, labels = zip(*examples)
     return pad(ids, pad_id), pad(labels, IGNORE)
 
@@ -147,7 +163,7 @@ def data_hash(path):
 def _read(path):
     try:
         return path.read_bytes()
-    except OSError as error:                                # Windows answers "permission denied" for a folder
+    except OSError as error:  # Windows answers "permission denied" for a folder
         reason = "is a folder, not a file" if path.is_dir() else f"cannot be read: {error.strerror or error}"
         raise ValueError(f"{path} {reason}") from None
 
@@ -158,9 +174,10 @@ def _parse(text, path, line=None):
         return json.loads(text)
     except json.JSONDecodeError as error:
         hint = "a .jsonl file has one object a line" if line else "if it has one object a line, name it .jsonl"
-        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
+        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg} at "
+                         f"column {error.colno}); "
                          f"{hint}") from None
-    except (ValueError, RecursionError) as error:           # a number of thousands of digits; endless [[[[
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless [[[[
         raise ValueError(f"{path}, line {line or 1}: not usable JSON ({error})") from None
 
 
@@ -169,7 +186,8 @@ def _example(record, where):
         raise ValueError(f"{where}: an object is needed, not {_json_type(record)}")
     names = next((names for names in FIELDS if all(name in record for name in names)), None)
     if names is None:
-        raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; needed are "
+        raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; "
+                         "needed are "
                          "question / answer, instruction / output (input) or prompt / response")
     for name in names:
         if not isinstance(record[name], str):
@@ -185,5 +203,6 @@ def _example(record, where):
 
 
 def _json_type(value):
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
+             type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,0 +1,5 @@
+"""The bundled model and its data (README.md in this folder): where they lie, and their categories."""
+from pathlib import Path
+
+BUNDLED = Path(__file__).resolve().parent
+CATEGORIES = ("math", "knowledge", "reasoning", "helpfulness")

@@ -1,0 +1,184 @@
+"""The measures: log-likelihood of given text, generated text, and a mean with its standard error.
+
+Everything eval.py reports is made of the three functions score (log-likelihood and greedy match of
+continuations), reply (generated text up to a stop string) and text_nats (every token of a long
+text, in windows). tasks.py puts real benchmarks on top of them, categories.py the bundled world,
+robustness.py Figures 3, 5 and 6. Definitions: lm-evaluation-harness's. Verified in
+tests/test_eval_tasks.py against transformers on the same examples.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..files import data
+from .generate import generate
+
+HEAD_ROWS = 512  # states whose logits exist at one time: 100 MB at a vocabulary of 49,152
+
+
+class Result(NamedTuple):
+    """One number of one model. value and stderr are fractions for shares (0.25, not 25), nats for
+    log-losses."""
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+def mean_result(task, metric, values):
+    """The mean of one value an example, with the standard error of a mean: sample deviation /
+    sqrt(n)."""
+    values = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    n = len(values)
+    return Result(task, metric, values.mean().item(),
+                  values.std().item() / math.sqrt(n) if n > 1 else math.nan, n)
+
+
+def begin(tokenizer):
+    """The ids in front of every text: BOS where the tokenizer's own post-processor adds one (Llama
+    3), else nothing."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def split_continuation(tokenizer, context, continuation):
+    """(context ids, continuation ids) as the harness splits them: blanks at the end of the context
+    move over, the whole and the context are encoded, and the continuation is what the whole has
+    behind the context's length.
+
+    So a token that spans the border counts as context. An empty context becomes BOS, or EOS where
+    there is no BOS.
+    """
+    kept = context.rstrip()
+    context, continuation = kept, context[len(kept):] + continuation
+    if not context:
+        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if first is None:
+            raise ValueError("an empty context needs a BOS or EOS token, and the tokenizer names "
+                             "none")
+        return [first], tokenizer.encode(continuation)
+    ids = begin(tokenizer) + tokenizer.encode(context)
+    whole = begin(tokenizer) + tokenizer.encode(context + continuation)
+    return ids, whole[len(ids):]
+
+
+@torch.no_grad()
+def token_nats(model, pairs, batch_size=16, on_progress=None):
+    """For each pair (context ids, continuation ids): -log p of the continuation's tokens (N,) and
+    whether each is the likeliest token (N,). A pair longer than the model's positions loses its
+    beginning, as in the harness.
+    """
+    device, limit = next(model.parameters()).device, model.config.max_position_embeddings
+    found = [None] * len(pairs)
+    rows = []
+    for context, continuation in pairs:
+        ids = (list(context) + list(continuation))[-(limit + 1):]
+        count = min(len(continuation), len(ids) - 1)
+        rows.append((ids, count))
+    # longest first: memory shows at once
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        # the last predicts nothing
+        ids = [torch.tensor(rows[i][0][:-1], dtype=torch.int64) for i in batch]
+        # (B, T), right padding
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        h = model.hidden_states(ids)[-1]  # (B, T, D)
+        lengths = [len(rows[i][0]) - 1 for i in batch]
+        h = torch.cat([h[b, length - rows[i][1]:length]
+                       for b, (i, length) in enumerate(zip(batch, lengths))])  # (N, D)
+        targets = torch.tensor([t for i in batch
+                                for t in rows[i][0][len(rows[i][0]) - rows[i][1]:]], device=device)
+        nats, greedy = [], []
+        for piece, target in zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
+            logits = model.lm_head(piece).float()  # (rows, V)
+            nats.append(F.cross_entropy(logits, target, reduction="none"))
+            greedy.append(logits.argmax(-1) == target)
+        counts = [rows[i][1] for i in batch]
+        for i, a, b in zip(batch, torch.cat(nats).double().cpu().split(counts),
+                           torch.cat(greedy).cpu().split(counts)):
+            found[i] = a, b
+        if on_progress:
+            on_progress(start + len(batch), len(order))
+    return found
+
+
+def score(model, tokenizer, pairs, batch_size=16, on_progress=None):
+    """[(log-likelihood in nats, greedy match)] of (context, continuation) texts: the sum of log p
+    over the tokens of the continuation, and whether greedy decoding would have produced every one
+    of them."""
+    ids = [split_continuation(tokenizer, context, continuation) for context, continuation in pairs]
+    for (_, tokens), (_, continuation) in zip(ids, pairs):
+        if not tokens:
+            raise ValueError(f"the continuation {continuation!r} has no tokens to score")
+    return [(-nats.sum().item(), bool(greedy.all()))
+            for nats, greedy in token_nats(model, ids, batch_size, on_progress)]
+
+
+def reply(model, tokenizer, prompts, max_new_tokens, until=(), batch_size=16, on_progress=None,
+          **sampling):
+    """Generated texts after prompts (lists of ids), each ended before EOS or before the first
+    string of `until`."""
+    tail = max((len(s.encode()) for s in until), default=0)  # a token has at least one byte
+
+    def finished(ids):
+        # + 4: a character cut in its middle
+        return any(s in tokenizer.decode(ids[-tail - 4:]) for s in until)
+    rows = generate(model, prompts, max_new_tokens, tokenizer.eos_ids, batch_size=batch_size,
+                    on_progress=on_progress,
+                    finished=finished if until else None, **sampling)
+    texts = [tokenizer.decode(row) for row in rows]
+    return [text[:min((text.find(s) for s in until if s in text), default=len(text))]
+            for text in texts]
+
+
+def answer_nll(model, tokenizer, examples, template="plain", batch_size=16, on_progress=None):
+    """-log p of the examples' answers, EOS included, under the training template: (nats, tokens) of
+    each example.
+
+    The token mean of all of them is exactly train.py's `sft` on this file: the least noisy measure
+    of what a model has learned or forgotten, because every token of every answer counts, right or
+    wrong.
+    """
+    encoded = [data.encode_example(tokenizer, example, template) for example in examples]
+    cuts = [sum(label == data.IGNORE for label in labels) for _, labels in encoded]
+    pairs = [(ids[:cut], ids[cut:]) for (ids, _), cut in zip(encoded, cuts)]
+    return [(nats.sum().item(), len(nats))
+            for nats, _ in token_nats(model, pairs, batch_size, on_progress)]
+
+
+def ratio_result(task, metric, sums, counts):
+    """sum(sums) / sum(counts) over examples, e.g. nats a token; the standard error treats examples
+    as independent."""
+    s, c = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+    n, value = len(s), (s.sum() / c.sum()).item()
+    stderr = ((s - value * c).square().sum() * n / (n - 1)).sqrt().item() / c.sum().item() if n > 1 else math.nan
+    return Result(task, metric, value, stderr, n)
+
+
+def windows(n, window, stride):
+    """(begin, first scored, end) of strided windows over n tokens: every token but the very first
+    is scored once, with at least window - stride tokens before it (fewer in the first window)."""
+    scored, begin = 1, 0
+    while scored < n:
+        end = min(begin + window, n)
+        yield begin, scored, end
+        scored, begin = end, begin + stride
+
+
+def text_nats(model, tokenizer, text, window=1024, stride=None, batch_size=4, on_progress=None):
+    """-log p of every token of a text but the very first: a tensor (tokens - 1,), in nats. BOS,
+    where there is one, is the very first. window is cut to the model's positions; stride None is
+    half of it."""
+    window = min(window, model.config.max_position_embeddings)
+    stride = max(1, window // 2) if stride is None else stride
+    if not 0 < stride < window:
+        raise ValueError(f"stride {stride} should be between 1 and the window, {window}, less one")
+    ids = begin(tokenizer) + tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError(f"a text of {len(ids)} tokens has no token to predict: at least 2 are "
+                         "needed")
+    pairs = [(ids[a:b], ids[b:c]) for a, b, c in windows(len(ids), window, stride)]
+    return torch.cat([nats for nats, _ in token_nats(model, pairs, batch_size, on_progress)])
