@@ -4,7 +4,7 @@ Read model.py (skim), lora.py and steering.py, lfu.py (slowly), then train.py in
 """
 from .files.adapter import export_merged, load_adapter, save_adapter
 from .files.checkpoint import load_model, save_model
-from .scoring.generate import generate
-from .lfu import lfu_backward
-from .lora import add_lora
 from .files.tokenizer import load_tokenizer
+from .lora import add_lora, remove_lora
+from .methods.own_loop import lfu_backward
+from .scoring.generate import generate

@@ -35,8 +35,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    # {} or Llama 3's: factor, low_freq_factor, ...
-    rope_scaling: dict = field(default_factory=dict)
+    rope_scaling: dict = field(default_factory=dict)  # {} or Llama 3's: factor, ...
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False  # biases on gate, up and down
@@ -52,8 +51,12 @@ class Linear(nn.Linear):
     rounded away, and multiplies in half)."""
     matmul_dtype = None
 
+    @property
+    def compute_dtype(self):
+        return self.matmul_dtype or self.weight.dtype
+
     def forward(self, x):
-        dtype = self.matmul_dtype or self.weight.dtype
+        dtype = self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
@@ -113,7 +116,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
-        dtype = self.q_proj.matmul_dtype or self.q_proj.weight.dtype
+        dtype = self.q_proj.compute_dtype
         # (B, T, H*d) -> (B, H, T, d)
         split = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(split(self.q_proj(x)), *rope).to(dtype)  # (B, H, T, d)
@@ -186,7 +189,7 @@ class Llama(nn.Module):
             if isinstance(module, Linear):
                 module.matmul_dtype = dtype
 
-    def hidden_states(self, input_ids, positions=None, mask=None, cache=None, recompute=True):
+    def hidden_states(self, input_ids, positions=None, mask=None, cache=None):
         """The residual stream at every depth: a list of L+1 tensors (B, T, D), in transformers'
         convention.
 
@@ -195,8 +198,7 @@ class Llama(nn.Module):
         state that predicts token t+1. input_ids (B, T) int64; padding goes on the right, where
         causal attention never sees it, and needs no mask. For generation: positions (B, T); mask
         bool, broadcastable to (B, 1, T, S), True = attend; cache, a list of L entries (None, or
-        keys and values (B, K, S, d)) that this call extends. recompute: False keeps this call's
-        activations for its backward even under activation_checkpointing.
+        keys and values (B, K, S, d)) that this call extends.
         """
         T, past = input_ids.shape[1], 0
         if cache is not None and cache[0] is not None:
@@ -207,9 +209,10 @@ class Llama(nn.Module):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)
         x = at_least_float32(self.model.embed_tokens(input_ids))  # (B, T, D)
         rope = rope_tables(self.config, positions, x.dtype)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         states = [x]
         for i, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and recompute and torch.is_grad_enabled() and cache is None:
+            if recompute:
                 x = checkpoint(block, x, rope, mask, cache, i, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, i)

@@ -1,5 +1,4 @@
-"""Representation steering (RepS): one vector a layer, h'_l = h_l + d_l, as LfU's auxiliary
-component.
+"""Representation steering (RepS): one vector a layer, h'_l = h_l + d_l, as an auxiliary kind.
 
 Paper, section 3.1. d_l is added to the output of block l, so it travels on through the residual
 stream into every later block; the last one is added before the final norm. The vectors start at
@@ -12,20 +11,19 @@ import torch
 
 
 @contextmanager
-def aux_steering(model):
+def aux_steering(model, generator=None):
     """Attach a zero steering vector (D,) to every block, as a forward hook; the hooks go when the
     `with` block ends.
 
     Yields the L vectors, in the order of the layers: the tensors the ascent may move. They are
     float32 over half-precision weights and otherwise in the weights' dtype, like the residual
-    stream they are added to.
+    stream they are added to. (generator: nothing is drawn.)
     """
     weight = model.model.norm.weight  # (D,)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     vectors = [torch.zeros(len(weight), dtype=dtype, device=weight.device, requires_grad=True)
                for _ in model.model.layers]
-    # (B, T, D) + (D,)
-    hooks = [block.register_forward_hook(lambda module, inputs, output, d=d: output + d)
+    hooks = [block.register_forward_hook(lambda block, x, h, d=d: h + d)  # (B, T, D) + (D,)
              for block, d in zip(model.model.layers, vectors)]
     try:
         yield vectors

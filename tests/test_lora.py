@@ -12,11 +12,14 @@ import math
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
+import torch.nn.functional as F
 
-from conftest import difference, next_token_loss, quiet_transformers, random_ids, tiny_model, transformers_twin
+from conftest import (difference, next_token_loss, quiet_transformers, random_ids, tiny,
+                      tiny_model, transformers_twin)
 from lfu_min.files.adapter import export_merged, load_adapter, merged_state_dict, save_adapter
 from lfu_min.files.checkpoint import load_model, save_model
-from lfu_min.lora import TARGET_MODULES, LoRALinear, add_lora, aux_lora, lora_disabled, lora_modules, remove_lora
+from lfu_min.lora import (TARGET_MODULES, LoRALinear, add_lora, aux_lora, draw_A, lora_disabled,
+                          lora_modules, remove_lora)
 
 SETTINGS = {"r 8, alpha 16": {}, "r 3, alpha 1": {"r": 3, "lora_alpha": 1},
             "q and v": {"r": 4, "lora_alpha": 10, "target_modules": ("q_proj", "v_proj")},
@@ -61,13 +64,39 @@ def pair(settings, **changes):
     return ours, theirs
 
 
+@torch.no_grad()
 def logits_of(model, ids):
-    with torch.no_grad():
-        out = model(ids)
+    out = model(ids)
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+def copies(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def equal(a, b):
+    """Of dictionaries of tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
 # ---- the function and its gradients ----
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_forward_equals_the_readable_line(tune):
+    """y = W(x) + scaling * F.linear(F.linear(x, A), B), with A and B stacked from the trained and
+    the auxiliary LoRA; under full tuning the auxiliary one is alone. No B is zero here."""
+    model = tiny(tune)  # float64, with biases
+    with aux_lora(model, torch.Generator().manual_seed(0)):
+        W = model.model.layers[1].mlp.down_proj
+        torch.nn.init.normal_(W.aux_B)
+        A = torch.cat([A for A in (W.lora_A, W.aux_A) if A is not None])
+        B = torch.cat([B for B in (W.lora_B, W.aux_B) if B is not None], dim=1)
+        x = torch.randn(2, 5, W.in_features, dtype=torch.float64)
+        base = F.linear(x, W.weight, W.bias)
+        assert difference(W(x), base + W.scaling * F.linear(F.linear(x, A), B)) <= 1e-12
+        without = base + W.scaling * F.linear(F.linear(x, A[1:]), B[:, 1:])  # teeth: a rank missing
+        assert difference(W(x), without) > 1e-3
+
 
 @every_setting
 def test_logits_equal_peft(settings):
@@ -114,8 +143,7 @@ def test_our_adapter_in_peft(tmp_path, settings):
     save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key])
-                                        and a[key].dtype == b[key].dtype for key in a)
+    assert equal(a, b) and all(a[key].dtype == b[key].dtype for key in a)
     assert len(a) == 2 * 3 * len(settings.get("target_modules", TARGET_MODULES))
     loaded = peft.PeftModel.from_pretrained(transformers_twin(tiny_model()), str(tmp_path / "ours"))
     assert isinstance(loaded, peft.PeftModelForCausalLM)
@@ -135,7 +163,8 @@ def test_saved_keys_are_peft_keys_by_name(tmp_path):
             expected[f"base_model.model.model.layers.{i}.{module}.lora_B.weight"] = (n_out, 4)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == expected
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json",
+                                                          "adapter_model.safetensors"}
 
 
 @every_setting
@@ -151,11 +180,9 @@ def test_adapter_config_is_what_peft_saves(tmp_path, settings):
     b["base_model_name_or_path"] = "some/model"
     assert set(a.pop("target_modules")) == set(b.pop("target_modules"))
     assert a == {name: b[name] for name in a}
-    for name in ("r", "lora_alpha", "peft_type", "task_type", "bias", "use_rslora", "use_dora",
-                 "lora_dropout",
-                 "fan_in_fan_out", "inference_mode", "init_lora_weights",
-                 "base_model_name_or_path"):
-        assert name in a
+    assert a.keys() >= {"r", "lora_alpha", "peft_type", "task_type", "bias", "use_rslora",
+                        "use_dora", "lora_dropout", "fan_in_fan_out", "inference_mode",
+                        "init_lora_weights", "base_model_name_or_path"}
     read = [dataclasses.asdict(peft.LoraConfig.from_pretrained(str(tmp_path / who)))
             for who in ("ours", "theirs")]
     for config in read:
@@ -224,17 +251,16 @@ def edit_config(folder, **changes):
     ({"use_qalora": True}, "use_qalora = True"), ({"lora_alpha": "16"}, "lora_alpha = '16'"),
     ({"lora_alpha": -16}, "lora_alpha = -16"),
 ], ids=lambda value: "" if isinstance(value, str) else "-".join(value))
-def test_adapters_of_another_kind_are_refused_by_name_and_the_model_left_alone(tmp_path, changes, named):
+def test_adapters_of_another_kind_are_refused_by_name_and_the_model_left_alone(tmp_path, changes,
+                                                                               named):
     save_adapter(with_random_lora(tiny_model()), tmp_path)
     edit_config(tmp_path, **changes)
     model = with_random_lora(tiny_model(), seed=5, r=2)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
+    before = copies(model)
     with pytest.raises(ValueError) as error:
         load_adapter(model, tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name])
-                                                 for name in before)
+    assert equal(model.state_dict(), before)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path):
@@ -251,8 +277,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_error(tmp_path):
                   "unexpected " + prefix + "7.mlp.up_proj.lora_B",
                   "q_proj.lora_A.weight has shape (8, 31), expected (8, 32)"):
         assert words in str(error.value)
-    save_adapter(with_random_lora(tiny_model(num_hidden_layers=2)), tmp_path)
-    # another model's adapter
+    save_adapter(with_random_lora(tiny_model(num_hidden_layers=2)), tmp_path)  # another model's
     with pytest.raises(ValueError, match="missing base_model.*; and 10 more$"):
         load_adapter(tiny_model(), tmp_path)
 
@@ -283,15 +308,15 @@ def test_A_is_uniform_within_one_over_sqrt_in_as_in_peft():
         return (values - uniform).abs().max().item() / 2 * math.sqrt(len(values))
 
     big = tiny_model(hidden_size=128, num_hidden_layers=1)
-    module = add_lora(big, r=64, generator=torch.Generator().manual_seed(0)).model.layers[0].self_attn.q_proj
-    assert check(module.lora_A, 128) < 1.63  # 1 % level
+    add_lora(big, r=64, generator=torch.Generator().manual_seed(0))
+    assert check(big.model.layers[0].self_attn.q_proj.lora_A, 128) < 1.63  # 1 % level
     assert check(torch.randn(64, 128).clamp(-1, 1) * 128 ** -0.5, 128) > 1.63  # teeth: not uniform
     peft = quiet_peft()
     torch.manual_seed(0)
     theirs = peft.get_peft_model(transformers_twin(hidden_size=128, num_hidden_layers=1),
                                  peft_config(peft, r=64))
-    A = theirs.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
-    assert check(A, 128) < 1.63
+    q_proj = theirs.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert check(q_proj.lora_A.default.weight, 128) < 1.63
 
 
 def test_A_is_drawn_from_the_generator_in_the_order_of_named_modules():
@@ -304,13 +329,28 @@ def test_A_is_drawn_from_the_generator_in_the_order_of_named_modules():
     for name, module in tiny_model().named_modules():
         if name.endswith("_proj"):
             bound = module.in_features ** -0.5
-            expected[name] = torch.empty(4, module.in_features).uniform_(-bound, bound, generator=generator)
+            expected[name] = torch.empty(4, module.in_features)
+            expected[name].uniform_(-bound, bound, generator=generator)
     assert [name for name, _ in lora_modules(model)] == list(expected)
     assert all(torch.equal(module.lora_A, expected[name]) for name, module in lora_modules(model))
     double = add_lora(tiny_model(dtype=torch.float64), r=4,
                       generator=torch.Generator().manual_seed(3))
     assert all(m.lora_A.dtype is torch.float64 and torch.equal(m.lora_A, expected[name].double())
                for name, m in lora_modules(double))
+
+
+def test_A_does_not_depend_on_the_default_dtype():
+    """A notebook that set float64 draws what train.py draws."""
+    weight = torch.zeros(3, 5)
+
+    def drawn():
+        return draw_A(4, 5, weight, torch.Generator().manual_seed(3))
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert drawn().dtype is torch.float32 and torch.equal(drawn(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -326,7 +366,7 @@ def test_a_fresh_lora_changes_nothing_bit_for_bit(dtype):
 
 def test_an_optimizer_step_moves_A_and_B_and_leaves_the_base_bit_for_bit():
     model, ids = with_random_lora(tiny_model(attention_bias=True)), random_ids()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
+    before = copies(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     next_token_loss(model(ids), ids).backward()
     optimizer.step()
@@ -416,11 +456,12 @@ def test_adapters_over_half_weights_are_float32(tmp_path, dtype):
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     m, e = (each.model.layers[0].self_attn.q_proj for each in (model, exact))
     with torch.no_grad():
-        branch = m(x) - torch.nn.functional.linear(x, m.weight)
+        branch = m(x) - F.linear(x, m.weight)
         assert branch.dtype is torch.float32
         assert difference(branch, 16 / 8 * (x.float() @ e.lora_A.T @ e.lora_B.T)) <= 1e-5
     save_adapter(model, tmp_path)
-    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
     again = load_adapter(tiny_model(dtype=dtype), tmp_path)
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
 
@@ -457,15 +498,12 @@ def test_merging_equals_peft():
 def test_merging_leaves_the_model_alone_and_three_exports_equal_one(tmp_path, dtype):
     save_model(tiny_model(dtype=dtype), tmp_path / "base")
     model = with_random_lora(load_model(tmp_path / "base"))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    files = []
+    before, files = copies(model), []
     for i in range(3):
-        export_merged(model, tmp_path / "base", tmp_path / str(i))
+        export_merged(model, tmp_path / "base", tmp_path / str(i), dtype)
         files.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name])
-                                                 for name in before)
+    assert equal(model.state_dict(), before)
     merged = load_file(tmp_path / "0" / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {dtype}
     name = "model.layers.1.mlp.down_proj"

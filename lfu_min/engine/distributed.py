@@ -11,6 +11,7 @@ into N parts, and torch's `fully_shard` brings a block's weights together when t
 import datetime
 import os
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,18 @@ from ..lora import LoRALinear, wrap_linears
 PATIENCE = datetime.timedelta(minutes=10)
 
 
+class Team(NamedTuple):
+    rank: int  # this process's number, from 0
+    world: int  # how many processes there are
+    device: torch.device  # this process's
+
+
 def join(device):
-    """Join the other processes that torchrun started. Returns (rank, number of processes, this
-    process's device)."""
+    """Join the other processes that torchrun started. Returns the
+    Team."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        return 0, 1, device
+        return Team(0, 1, device)
     if "LOCAL_RANK" not in os.environ or device.type == "mps":
         raise ValueError(f"WORLD_SIZE is {world}: start several processes with torchrun, on the "
                          "CPU or on CUDA")
@@ -35,7 +42,7 @@ def join(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return dist.get_rank(), world, device
+    return Team(dist.get_rank(), world, device)
 
 
 def leave():

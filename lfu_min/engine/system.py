@@ -1,9 +1,8 @@
-"""What a script needs around the method: device and dtype, a run folder, versions, peak memory,
-one-line errors.
+"""What a script needs around the method: device and dtype, versions, peak memory, one-line errors.
 
-Called by train.py, eval.py, sweep.py and bench.py; nothing of LfU is in here.
+Called by the scripts (train.py, eval.py, sweep, bench); nothing of LfU is in here.
 """
-import json
+import argparse
 import os
 from pathlib import Path
 import platform
@@ -14,6 +13,13 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors: one line, like all others, and no usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message} ({self.prog} --help lists all flags)")
 
 
 def command_line(main):
@@ -37,7 +43,8 @@ def pick_device(name):
     """torch.device of auto, cpu, cuda, cuda:N or mps; auto takes CUDA, then MPS, then the CPU.
     ValueError if not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind in found if found[kind]), "cpu")
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(),
              "mps": int(torch.backends.mps.is_available())}
@@ -45,8 +52,7 @@ def pick_device(name):
         raise ValueError(f"device {name!r}: write auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= there[kind]:
         raise ValueError(f"device {name!r} is not there: this torch sees {there[kind]} of that "
-                         "kind; "
-                         "--device cpu runs everywhere")
+                         "kind; --device cpu runs everywhere")
     return torch.device(name)
 
 
@@ -56,41 +62,6 @@ def pick_dtype(name, device):
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
     return name, DTYPES[name]
-
-
-def check_out(path):
-    """Raise ValueError unless `path` can become a run folder: absent or empty, below a folder that
-    can be written."""
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"output folder {path} is not empty: name a new one, so that no earlier "
-                         "run is overwritten")
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"output folder {path} cannot be written: {there} is "
-                         + ("read-only" if there.is_dir() else "not a folder"))
-
-
-def next_run(kind, root="runs"):
-    """The first unused folder runs/<kind>-NNN (not created yet)."""
-    taken = [int(p.name.rpartition("-")[2]) for p in Path(root).glob(f"{kind}-*")
-             if p.name.rpartition("-")[2].isdecimal()]
-    return Path(root) / f"{kind}-{max(taken, default=-1) + 1:03d}"
-
-
-def make_out(path, kind):
-    """Create the run folder: `path`, or where it is None the next runs/<kind>-NNN, also if another
-    run just took one."""
-    while True:
-        out = Path(path) if path else next_run(kind)
-        try:
-            out.mkdir(parents=True, exist_ok=path is not None)
-            return out
-        except FileExistsError:
-            if path is not None:
-                raise
 
 
 def environment():
@@ -111,8 +82,12 @@ def environment():
     return {"versions": versions, "platform": platform.platform(), "git_commit": commit}
 
 
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def spare_threads(parameters):
+    """One CPU thread for a model of less than 10 million parameters: nearly as fast as more, and
+    far faster where other programs want the cores, as threads wait for each other all the time.
+    OMP_NUM_THREADS, where it is set, stays in force."""
+    if parameters < 1e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def peak_memory_mib(device):

@@ -1,75 +1,108 @@
-"""What train.py tells: a few lines before the run, a record of every step for log.jsonl, and the
-line on the screen.
+"""What train.py tells: a few lines before the run, a record of every step for log.jsonl and a line
+of it on the screen, and answers before and after.
 
-README, "The log", says what each field means.
+docs/training.md, "The log", says what each field means.
 """
 import os
 from pathlib import Path
 import random
+import time
 
 import torch
 
+from ..bundled import BUNDLED, CATEGORIES
 from ..engine import distributed, system
-from ..lfu import auxiliary
+from ..engine.passes import trained
+from ..files import data
+from ..methods import AUXILIARIES
+from ..scoring.generate import generate
+from .settings import strengths
+
+NUMBERS = ("loss", "sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
 
 
-def describe(s, model, params, examples, dropped, tokenizer, steps, per_step, device):
+def describe(s, model, examples, dropped, tokenizer, device):
     """Print what is about to run, and one example as the model will see it."""
-    trainable, everything = sum(p.numel()
-                                for p in params), sum(p.numel() for p in model.parameters())
+    counts = [sum(p.numel() for p in params) for params in (trained(model), model.parameters())]
     moved = 0
     if s.aux != "none":
-        with auxiliary(s.aux, model, params, torch.Generator()) as th_aux:
+        with AUXILIARIES[s.aux](model, torch.Generator()) as th_aux:
             moved = sum(t.numel() for t in th_aux)
-    tokens = sum(len(ids) for ids, _ in examples) / len(examples)
+    lfu = f"lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  " if s.aux != "none" else ""
+    variants = "".join(f"{name} {value}  " for name, value, usual in
+                       (("move", s.move, "ascent"), ("compare", s.compare, "mse"))
+                       if lfu and value != usual)
+    tokens = s.per_step * sum(len(ids) for ids, _ in examples) / len(examples)
     versions = system.environment()["versions"]
-    print(f"lfu_min  aux {s.aux}  lambda {s.lam:g}  alpha {s.alpha:g}  layers {s.layers}  tune "
-          f"{s.tune}  "
-          f"device {device}  dtype {s.dtype}  python {versions['python']}  torch "
-          f"{versions['torch']}")
-    shown = lambda path: os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
-    print(f"model    {shown(s.model)}: parameters {trainable:,} trainable, "
-          f"{everything - trainable:,} frozen, {moved:,} auxiliary "
-          "(moved by the ascent)")
-    print(f"data     {shown(s.data)}: {len(examples)} examples kept, {dropped} dropped (longer "
-          f"than {s.max_len} tokens)")
-    print(f"steps    {steps} of {per_step} examples (about {tokens * per_step:.0f} tokens), peak "
-          f"lr {s.lr:g}, seed {s.seed}")
+    method = f"aux {s.aux}  "
+    if s.method not in ("lfu", "sft"):
+        method, lfu = f"method {s.method}  ", "".join(
+            f"{name} {value:g}  " for name, value in strengths(s, 1).items())
+    print(f"lfu_min  {method}{lfu}{variants}tune {s.tune}  device {device}  dtype {s.dtype}  "
+          f"python {versions['python']}  torch {versions['torch']}")
+    print(f"model    {short(s.model)}: parameters {counts[0]:,} trainable, "
+          f"{counts[1] - counts[0]:,} frozen, {moved:,} auxiliary (moved by the ascent)")
+    print(f"data     {short(s.data)}: {len(examples)} examples kept, {dropped} dropped "
+          f"(longer than {s.max_len} tokens)")
+    print(f"steps    {s.steps} of {s.per_step} examples (about {tokens:.0f} tokens), "
+          f"peak lr {s.lr:g}, seed {s.seed}")
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
     prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels)
-                                       if (label == -100) == masked])
-                     for masked in (True, False))
-    print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n")
+                                       if (label == -100) == masked]) for masked in (True, False))
+    print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n", flush=True)
 
 
-def summarise(results, lam, micro_batches, tokens, compared, device, **fields):
-    """One log record from all processes' results: sums where lfu_backward divides by the whole
-    step, means elsewhere."""
-    names = ("sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
-    totals, layers = torch.zeros(len(names) + 1,
-                                 device=device), torch.zeros(compared, device=device)
-    totals[-1] = tokens
+def short(path):
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def summarise(results, s, plan, layers, device, **fields):
+    """One log record from all processes' results: sums where l_SFT is divided by the whole step's
+    tokens, means over micro-batches elsewhere. layers: how many are compared."""
+    totals, terms = torch.zeros(len(NUMBERS) + 1, device=device), torch.zeros(layers, device=device)
+    totals[-1] = plan.tokens
+    zero = torch.zeros((), device=device)
     for r in results:
-        totals[:-1] += torch.stack([r[name] for name in names])
-        layers += r["consistency_per_layer"]
-    distributed.add_up([totals, layers])
-    total = dict(zip(names, totals.tolist()))
-    consistency = total["consistency"] / micro_batches
-    of_sft, of_consistency = total["sft_grad_norm"], total["consistency_grad_norm"]
-    return dict(step=fields.pop("step"), loss=total["sft"] + lam * consistency, sft=total["sft"],
-                consistency=consistency,
-                ascent_norm=total["ascent_norm"] / micro_batches, **fields, tokens=int(totals[-1]),
-                sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
+        r = {"loss": r["sft"] + s.lam / plan.count * r.get("consistency", zero), **r}
+        totals[:-1] += torch.stack([r.get(name, zero) for name in NUMBERS])
+        own = r.get("consistency_per_layer", terms[:0])
+        terms[:len(own)] += own
+    distributed.add_up([totals, terms])
+    *numbers, tokens = totals.tolist()
+    loss, sft, consistency, ascent_norm, of_sft, of_consistency = numbers
+    consistency /= plan.count
+    return dict(step=fields.pop("step"), loss=loss, sft=sft,
+                consistency=consistency, ascent_norm=ascent_norm / plan.count, **fields,
+                tokens=int(tokens), sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
-                consistency_per_layer=(layers / micro_batches).tolist())
+                consistency_per_layer=(terms / plan.count).tolist())
 
 
-def step_line(r, steps, eta):
-    per_second = r["tokens"] / r["ms"] * 1000
-    return (f"step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:7.4f}  sft "
-            f"{r['sft']:7.4f}  "
-            f"cons {r['consistency']:.2e}  share {r['consistency_share']:4.0%}  ascent |g| "
-            f"{r['ascent_norm']:8.3f}  "
-            f"grad {r['grad_norm']:7.3f}  lr {r['lr']:.1e}  {r['ms']:6.0f} ms  {per_second:7.0f} "
-            "tok/s  "
+def step_line(r, steps, started):
+    """The record r in one line; `started`: when training began, for the time that is left."""
+    eta = (time.time() - started) / r["step"] * (steps - r["step"])
+    lfu = (f"cons {r['consistency']:.2e}  share {r['consistency_share']:4.0%}  "
+           f"ascent |g| {r['ascent_norm']:8.3f}  ") if r["ascent_norm"] else ""
+    return (f"step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:7.4f}  "
+            f"sft {r['sft']:7.4f}  {lfu}grad {r['grad_norm']:7.3f}  lr {r['lr']:.1e}  "
+            f"{r['ms']:6.0f} ms  {r['tokens'] / r['ms'] * 1000:7.0f} tok/s  "
             f"ETA {system.duration(eta)}")
+
+
+def questions(s):
+    """To show before and after: on the bundled model a word problem and one question of each
+    category, all of them from validation splits; else the first one of the data."""
+    if Path(s.model) != BUNDLED:
+        return [data.read_examples(s.data)[0].prompt]
+    names = ("word_problems", *CATEGORIES)
+    return [data.read_examples(BUNDLED / "data" / f"{name}_validation.jsonl")[0].prompt
+            for name in names]
+
+
+def answers(model, tokenizer, asked, template):
+    """One line of greedy answer a question."""
+    prompts = [data.prompt_ids(tokenizer, question, template) for question in asked]
+    room = model.config.max_position_embeddings
+    prompts = [ids[:room] for ids in prompts]
+    replies = generate(model, prompts, max_new_tokens=80, stop_ids=tokenizer.eos_ids)
+    return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]

@@ -1,0 +1,36 @@
+"""Auxiliary kinds: what the ascent makes worse (--aux).
+
+A kind is a context manager f(model, generator). It attaches leaf tensors that require a gradient
+and change nothing yet (zero effect: two passes are enough only then), yields them in a list, and
+takes them off, also after an exception. A new one: write it, add it to AUXILIARIES, and write its
+definition into tests/definitions.py; the tests run over the dictionary.
+"""
+from contextlib import contextmanager
+
+import torch
+
+from ..engine.passes import trained
+from ..lora import aux_lora
+from ..steering import aux_steering
+
+
+@contextmanager
+def inplace(model, generator=None):
+    """The trained weights themselves as th_aux: whatever moved them is undone, bit for bit.
+
+    Raises ValueError for weights in half precision, which round a step of this size away.
+    """
+    th = trained(model)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in th):
+        raise ValueError("aux 'inplace' moves weights by less than half precision resolves: "
+                         "keep trained weights in float32")
+    before = [p.detach().clone() for p in th]
+    try:
+        yield th
+    finally:
+        with torch.no_grad():
+            for p, old in zip(th, before):
+                p.copy_(old)
+
+
+AUXILIARIES = {"lora": aux_lora, "reps": aux_steering, "inplace": inplace}

@@ -1,0 +1,96 @@
+"""`lfu_backward`: the step for your own training loop, in place of loss.backward().
+
+It takes names and plain tensors, checks them, and calls lfu.lfu_step or lfu.sft_step.
+"""
+import numpy as np
+import torch
+
+from ..engine.passes import TOKEN_SCALE, make_batch, matmul_dtype
+from ..lfu import ascend, lfu_step, sft_step
+from .auxiliaries import AUXILIARIES
+from .moves import ascend_on_another_batch
+
+AUX_KINDS = (*AUXILIARIES, "none")
+
+
+def parse_layers(layers, L):
+    """The 1-based layer numbers that `layers` names: all, early, middle, late (thirds), or an
+    inclusive range a-b."""
+    thirds = dict(zip(("early", "middle", "late"), np.array_split(range(1, L + 1), 3)))
+    if layers == "all":
+        return list(range(1, L + 1))
+    if layers in thirds and len(thirds[layers]):
+        return [int(l) for l in thirds[layers]]
+    first, _, last = str(layers).partition("-")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= L:
+        return list(range(int(first), int(last) + 1))
+    raise ValueError(f"layers {layers!r}: write all, early, middle, late or a range a-b "
+                     f"within 1-{L}")
+
+
+def then_keep_activations(move):
+    """`move`, and from there on no activation checkpointing: the second pass is not recomputed."""
+    def moved(th_aux, g, alpha, model, batch):
+        norm = move(th_aux, g, alpha, model, batch)
+        model.activation_checkpointing = False
+        return norm
+    return moved
+
+
+def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layers="all",
+                 generator=None, num_target_tokens=None, ascent_batch=None, loss_scale=None,
+                 recompute=True):
+    """Add the gradient of l_SFT + lam * l_cons on one micro-batch to `.grad` of the parameters
+    that require one.
+
+    The ascent direction and h are constants of that gradient; for aux="inplace" the consistency
+    part is taken at the perturbed weights. Every weight is left as it was, bit for bit. lam = 0
+    and aux = "none" are plain SFT.
+
+    input_ids, labels: (B, T) int64, padded on the right; labels unshifted, -100 where not
+        supervised (transformers' convention). Labels may stay on the CPU beside a model on a GPU:
+        then nothing here waits for the GPU.
+    aux: th_aux, "lora", "reps" (steering vectors), "inplace" (the trained weights) or "none";
+        lam, alpha: see the table in lfu.py; layers: see parse_layers; generator: draws the
+        auxiliary LoRA's A.
+    num_target_tokens: l_SFT's divisor in place of this micro-batch's own count of supervised
+        tokens. With gradient accumulation pass the whole step's count, and
+        lam / (number of micro-batches).
+    ascent_batch: (input_ids, labels) of another batch to take Eq 2's g from, as the authors' code
+        does; costs a third pass.
+    loss_scale: both losses are multiplied by it before their backwards, and the gradients divided
+        by it after, so that float16 activations' gradients do not underflow; None: 16 times the
+        divisor where matmuls are float16, else 1.
+    recompute: False lets the second pass keep its activations under model.activation_checkpointing:
+        faster, more memory.
+
+    Returns a dict of detached tensors: sft, consistency (unweighted), ascent_norm (||g||),
+    consistency_per_layer (layers,), sft_grad_norm and consistency_grad_norm (of lam * l_cons).
+    Raises ValueError for settings out of range.
+    """
+    if aux not in AUX_KINDS:
+        raise ValueError(f"aux {aux!r}: choose from {', '.join(AUX_KINDS)}")
+    if not (0 <= lam < float("inf") and 0 <= alpha < float("inf")):
+        raise ValueError(f"lam = {lam}, alpha = {alpha}: both must be finite and at least 0")
+    compared = parse_layers(layers, model.config.num_hidden_layers)
+    half = matmul_dtype(model) == torch.float16
+
+    def batch_of(ids, labels, divisor=None, other=None):
+        batch = make_batch(ids, labels, input_ids.device, divisor, generator=generator, other=other)
+        scale = TOKEN_SCALE * batch.divisor if half else 1.0
+        batch.loss_scale = scale if loss_scale is None else loss_scale
+        return batch
+    other = None if ascent_batch is None else batch_of(*ascent_batch)
+    batch = batch_of(input_ids, labels, num_target_tokens, other)
+    if lam == 0 or aux == "none":
+        result = sft_step(model, batch)
+        nothing = torch.zeros_like(result["sft"])
+        return dict(result, consistency=nothing, ascent_norm=nothing, consistency_grad_norm=nothing,
+                    consistency_per_layer=nothing.expand(len(compared)))
+    move = ascend if other is None else ascend_on_another_batch
+    checkpointing = model.activation_checkpointing
+    try:
+        return lfu_step(model, batch, AUXILIARIES[aux], lam, alpha, compared,
+                        move if recompute else then_keep_activations(move))
+    finally:
+        model.activation_checkpointing = checkpointing

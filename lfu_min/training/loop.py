@@ -1,0 +1,79 @@
+"""What train.py's loop needs in a step, besides the method: the learning rate, the micro-batches,
+and the guard of the optimizer step."""
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..engine.passes import make_batch
+from ..files import data
+
+def learning_rate(step, steps, peak, warmup):
+    """Rises linearly over the first `warmup` (a share) of the steps, then a cosine to 0. Steps
+    count from 1."""
+    rising = math.ceil(warmup * steps)
+    if step <= rising:
+        return peak * step / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def micro_batch_seed(seed, number):
+    """Seeds the auxiliary draws of micro-batch `number`, counted over all steps: every micro-batch
+    has a generator of its own, so SFT and LfU with one seed see the same data and start."""
+    return 1 + seed + 1_000_003 * number
+
+
+class Plan(NamedTuple):
+    """What one optimizer step works on."""
+    batches: list  # this process's micro-batches
+    tokens: int  # in them, padding included
+    count: int  # micro-batches of all processes
+    targets: int  # supervised tokens in them: l_SFT's divisor
+
+
+def plan_step(s, examples, step, team, pad_id, token_scale=None):
+    """The Plan of a step (from 1), a function of the settings s and the step alone.
+
+    Sharded, all processes must take part in every pass: whoever has no micro-batch left gets one
+    with nothing to learn from.
+    """
+    chosen = data.batch_order(len(examples), s.per_step, s.seed, step - 1)
+    others = data.batch_order(len(examples), s.per_step, s.seed + 1, step - 1)  # other-batch
+    targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])
+    starts = range(0, len(chosen), s.batch_size)
+    own = (range(0, s.per_step, s.batch_size) if s.shard else starts)[team.rank::team.world]
+    nothing = [pad_id] * 2, [-100] * 2
+
+    def batch(indices, start, divisor=None, other=None):
+        rows = [examples[i] for i in indices[start:start + s.batch_size]] or [nothing]
+        batch = make_batch(*data.collate(rows, pad_id), team.device, divisor, other=other)
+        batch.loss_scale = token_scale * batch.divisor if token_scale else 1.0
+        on_gpu = team.device.type == "cuda"
+        batch.generator = torch.Generator(team.device if on_gpu else "cpu")
+        batch.generator.manual_seed(micro_batch_seed(s.seed, (step - 1) * s.per_step + start))
+        return batch
+    batches = [batch(chosen, start, targets, batch(others, start) if s.move == "other-batch"
+                     else None) for start in own]
+    tokens = sum(b.input_ids.numel() for b, start in zip(batches, own) if start in starts)
+    return Plan(batches, tokens, len(starts), targets)
+
+
+def step_or_skip(optimizer, record, token_scale=None):
+    """optimizer.step(), unless the gradient is not finite: then float16 overflowed in a backward,
+    nothing is learned, and the loss scale is halved. Returns the scale for the next step.
+
+    Raises ValueError where the loss is not finite, or no smaller scale can help.
+    """
+    if not math.isfinite(record["loss"]):
+        half = ", or --dtype bf16 or fp32: float16 may overflow" if token_scale else ""
+        raise ValueError(f"step {record['step']}: the loss is {record['loss']}; try a smaller --lr"
+                         + half)
+    if math.isfinite(record["grad_norm"]):
+        optimizer.step()
+    elif token_scale and token_scale > 2**-10:
+        token_scale /= 2
+    else:
+        raise ValueError(f"step {record['step']}: the gradient's norm is {record['grad_norm']}; "
+                         "try a smaller --lr")
+    optimizer.zero_grad(set_to_none=True)
+    return token_scale

@@ -1,0 +1,134 @@
+"""train.py's flags: what they are, what they default to, and which values are refused."""
+import math
+
+from ..bundled import BUNDLED
+from ..engine import system
+from ..files import data
+from ..methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
+
+# Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama.
+# BUNDLED_MODEL: chosen for the bundled model on its validation split (docs/results.md says how).
+AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
+BUNDLED_MODEL = dict(epochs=10.0, batch_size=16, accumulate=1, lr=5e-3, max_len=256,
+                     model=str(BUNDLED), data=str(BUNDLED / "data" / "word_problems_train.jsonl"))
+
+# The flags that belong to a method, with the names that its step gives them, and their defaults.
+TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move="move",
+                     compare="compare"),
+         "sft": {}, "neftune": dict(neftune_alpha="alpha"), "prompt": {},
+         "gem": dict(gem_beta="beta"), "sam": dict(rho="rho"), "l1": dict(lam="lam"),
+         "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha")}
+USUAL = dict(aux="lora", lam=5.0, alpha=0.1, layers="all", move="ascent", compare="mse",
+             neftune_alpha=5.0, gem_beta=0.7, rho=0.05)
+
+
+def parser():
+    p = system.Parser(
+        prog="train.py", description="Fine-tune a Llama with LfU, or with what it is compared to.",
+        epilog="Defaults stand in brackets; where there are two: for the bundled model / with "
+               "--model.")
+    g = p.add_argument_group("model and data")
+    g.add_argument("--model", help="Hugging Face folder of a Llama [the bundled one / required]")
+    g.add_argument("--data", help=".json or .jsonl file of examples [256 word problems / required]")
+    g.add_argument("--template", choices=data.TEMPLATES, default="plain",
+                   help="how a question becomes a prompt [plain]")
+    g.add_argument("--max-len", type=int, help="tokens; longer examples are dropped [256 / 2048]")
+    g = p.add_argument_group("LfU")
+    g.add_argument("--aux", choices=(*AUXILIARIES, "none"),
+                   help="auxiliary components; none = --method sft [lora]")
+    g.add_argument("--lam", type=float, help="lambda, weight of the consistency loss, or of l1's "
+                   "and l2's penalty; 0 = plain SFT [5]")
+    g.add_argument("--alpha", type=float, help="length of the ascent step [0.1]")
+    g.add_argument("--layers",
+                   help="layers compared: all, early, middle, late or a-b (1-based) [all]")
+    g.add_argument("--move", choices=MOVES,
+                   help="how the auxiliary components move; other-batch = along the gradient of a "
+                        "second, shuffled batch, as in the authors' code [ascent]")
+    g.add_argument("--compare", choices=DISTANCES,
+                   help="distance between the two models [mse]")
+    g = p.add_argument_group("what LfU is compared with")
+    g.add_argument("--method", choices=("lfu", *BASELINES), default="lfu",
+                   help="prompt = every token trained; l1, l2, logit_kl = Table 6 [lfu]")
+    g.add_argument("--neftune-alpha", type=float, help="size of neftune's noise [5]")
+    g.add_argument("--gem-beta", type=float, help="gem's temperature; 1 = SFT's gradient [0.7]")
+    g.add_argument("--rho", type=float, help="length of sam's ascent step [0.05]")
+    g = p.add_argument_group("what is trained")
+    g.add_argument("--tune", choices=("lora", "full"), default="lora",
+                   help="train a LoRA, or all weights [lora]")
+    g.add_argument("--r", type=int, default=8, help="LoRA rank [8]")
+    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA's scaling is this / r [16]")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=float, help="passes over the data [10 / 3]")
+    g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
+    g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
+    g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
+    g.add_argument("--lr", type=float, help="peak learning rate [0.005 / 0.0001]")
+    g = p.add_argument_group("the run")
+    g.add_argument("--seed", type=int, default=42, help="[42]")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    g.add_argument("--dtype", choices=("auto", *system.DTYPES), default="auto",
+                   help="of matrix products; auto = fp16 on CUDA, else fp32 [auto]")
+    g.add_argument("--activation-checkpointing", action="store_true",
+                   help="less memory, one more forward a backward")
+    g.add_argument("--shard", action="store_true",
+                   help="with torchrun: every process holds a part of the model")
+    g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN, or "
+                   "<method>-NNN]")
+    return p
+
+
+def get_settings(argv=None):
+    """The settings in argv (None: the command line), defaults filled in. Raises ValueError."""
+    s = parser().parse_args(argv)
+    for name, value in (BUNDLED_MODEL if s.model is None else AUTHORS).items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    if s.data is None:
+        raise ValueError("--data is missing: with --model, name a .json or .jsonl file of examples")
+    for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr",
+                 "max_len", "gem_beta"):
+        value = getattr(s, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+    for name in ("lam", "alpha", "neftune_alpha", "rho", "seed"):
+        value = getattr(s, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number, at "
+                             "least 0")
+    fill_method(s)
+    if s.shard and s.method not in ("lfu", "sft", "prompt"):
+        raise ValueError(f"--shard --method {s.method}: its step is not made for models in parts; "
+                         "choose lfu, sft or prompt")
+    if s.shard and s.aux == "inplace":
+        raise ValueError("--shard --aux inplace: each process's ascent would move the one model "
+                         "they share; choose --aux lora or reps")
+    if s.shard and s.move not in ("ascent", "descent", "random"):
+        raise ValueError(f"--shard --move {s.move}: its third pass is not made for models in parts;"
+                         " choose ascent, descent or random")
+    if (s.compare, s.aux, s.tune) == ("logit-kl", "inplace", "full"):
+        raise ValueError("--compare logit-kl --aux inplace --tune full: the head that makes the "
+                         "logits would move itself; choose --tune lora, or --aux lora or reps")
+    return s
+
+
+def fill_method(s):
+    """Fill in the flags of s.method; `--aux none` and `--lam 0` make it sft. Raises ValueError for
+    a flag that was given and that it does not take."""
+    takes = {"aux": "aux"} if (s.method, s.aux) == ("sft", "none") else TAKES[s.method]
+    for name, usual in USUAL.items():
+        value, flag = getattr(s, name), "--" + name.replace("_", "-")
+        if value is None:
+            setattr(s, name, usual if name in takes or name in TAKES["lfu"] else None)
+        elif name not in takes:
+            raise ValueError(f"{flag} {value} has no part in --method {s.method}; leave one out")
+    if s.method == "lfu" and (s.aux == "none" or s.lam == 0):
+        s.method = "sft"
+    elif s.method not in ("lfu", "logit_kl"):
+        s.aux = "none"  # nothing auxiliary is attached
+
+
+def strengths(s, count):
+    """The settings of the step BASELINES[s.method]; its lam is shared among the `count`
+    micro-batches of an optimizer step."""
+    values = {setting: getattr(s, flag) for flag, setting in TAKES[s.method].items()}
+    return values | {"lam": values["lam"] / count} if "lam" in values else values
