@@ -1,21 +1,24 @@
 """Claim: files in three formats become exactly the ids and labels that the templates say; every
-kind of bad file gets one clear line. The tokenizer here is the alphabet (one id a character,
-"\\n\\n" is one), so ids can be spelled by hand.
+kind of bad file gets one clear line; a file is written whole or not at all. The tokenizer here is
+the alphabet (one id a character, "\\n\\n" is one), so ids can be spelled by hand.
 """
 
 import hashlib
 import json
+import math
 import os
-import re
 from pathlib import Path
+import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 from lfu_min.files.data import (Example, batch_order, collate, data_hash, encode_example,
-                                load_dataset, prompt_ids,
-                          read_examples)
+                                load_dataset, prompt_ids, read_examples)
+from lfu_min.files.jsons import (finite, parse_json, read_json, read_records, read_text, write_json,
+                                 written_aside)
 from lfu_min.files.tokenizer import load_tokenizer
 
 
@@ -95,22 +98,23 @@ def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
     length = len("Question: 2+2?\nAnswer: 4") + 1  # + EOS
     kept, dropped = load_dataset(path, Letters(), max_len=length)
     assert dropped == 1 and kept == [encode_example(Letters(), Example("2+2?", "4"))] * 2
-    message = f"none of the 3 examples fits into max_len {length - 1}; the shortest has {length} tokens"
+    message = (f"none of the 3 examples fits into max_len {length - 1}; "
+               f"the shortest has {length} tokens")
     with pytest.raises(ValueError, match=message):
         load_dataset(path, Letters(), max_len=length - 1)
 
 
 def test_collate_pads_on_the_right():
     ids, labels = collate([([5, 6, 7], [-100, 6, 7]), ([8], [8])], pad_id=2)
-    assert ids.tolist() == [[5, 6, 7],
-                            [8, 2, 2]] and labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert ids.tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert ids.dtype == labels.dtype == torch.int64
 
 
 def test_batch_order_covers_every_epoch_and_depends_on_seed_and_step_alone():
     epoch = [batch_order(10, 4, seed=3, step=step) for step in range(3)]
-    assert [len(batch) for batch in epoch] == [4, 4,
-                                               2] and sorted(sum(epoch, [])) == list(range(10))
+    assert [len(batch) for batch in epoch] == [4, 4, 2]
+    assert sorted(sum(epoch, [])) == list(range(10))
     second = [batch_order(10, 4, seed=3, step=step) for step in range(3, 6)]
     assert sorted(sum(second, [])) == list(range(10)) and second != epoch
     assert batch_order(10, 4, seed=3, step=4) == second[1]  # resumed in the middle of an epoch
@@ -127,13 +131,15 @@ def test_grouping_by_length_sorts_within_windows_and_keeps_every_example():
     def padding(batches):  # tokens a batch holds beyond those of its examples
         return sum(max(lengths[b]) * len(b) - sum(lengths[b]) for b in batches)
     batches = epoch(3)
-    assert [len(b) for b in batches] == [4] * 37 + [2] and sorted(sum(batches, [])) == list(range(n))
+    assert [len(b) for b in batches] == [4] * 37 + [2]
+    assert sorted(sum(batches, [])) == list(range(n))
     assert padding(batches) < 0.3 * padding(epoch(3, lengths=None))
     plain = sum(epoch(3, lengths=None), [])
     # a window is 16 batches of the ordinary order
     assert set(sum(batches[:16], [])) == set(plain[:64])
     means = [np.mean(lengths[b]) for b in batches[:16]]
-    assert means != sorted(means) and epoch(3) == batches and epoch(4) != batches and epoch(3, of=1) != batches
+    assert means != sorted(means) and epoch(3) == batches
+    assert epoch(4) != batches and epoch(3, of=1) != batches
 
 
 def test_data_hash(tmp_path):
@@ -159,11 +165,13 @@ BAD = [  # file name, content, what the message says
     ("data.json", GOOD + "\n" + GOOD,
      "line 2: not valid JSON (Extra data at column 1); if it has one object a line, name it"),
     ("data.json", "[" * 100_000, "line 1: not usable JSON"),
+    ("data.jsonl", GOOD + "\n" + '{"a": ' * 100_000, "line 2: not usable JSON"),
+    ("data.jsonl", GOOD + "\n" + "9" * 100_000, "line 2: not usable JSON"),
     ("data.json", GOOD, "a list of objects is needed, not an object"),
     ("data.json", f"[{GOOD}, 3]", "item 2: an object is needed, not a number"),
     ("data.jsonl", GOOD + "\n" + '"text"', "line 2: an object is needed, not a string"),
     ("data.jsonl", '{"question": "a", "text": "b"}',
-     "line 1: has the fields 'question', 'text'; needed are question / answer, instruction / output"),
+     "line 1: has the fields 'question', 'text'; needed are question / answer, instruction"),
     ("data.jsonl", "{}", "line 1: has the fields (none)"),
     ("data.jsonl", GOOD + '\n{"question": "a", "answer": 4}',
      "line 2: answer must be a string, not a number"),
@@ -199,6 +207,93 @@ def test_missing_files_folders_and_wrong_choices(tmp_path):
     no_eos.eos_id = None
     with pytest.raises(ValueError, match="names no EOS token"):
         encode_example(no_eos, Example("a", "b"))
+
+
+# ---- jsons.py, which every file goes through
+
+def test_read_records_says_where_each_record_is(tmp_path):
+    path = write(tmp_path, '\ufeff{"a": 1}\r\n\n \n{"a": "\u2028"}')
+    assert read_records(path) == [(f"{path}, line 1", {"a": 1}),
+                                  (f"{path}, line 4", {"a": "\u2028"})]
+    path = write(tmp_path, '[{"a": 1},\n\n{"a": 2}]', "data.json")
+    assert read_records(path) == [(f"{path}, item 1", {"a": 1}), (f"{path}, item 2", {"a": 2})]
+
+
+def test_a_bom_is_left_out_unless_every_byte_counts(tmp_path):
+    path = write(tmp_path, "\ufeffa\r\nb")
+    assert read_text(path) == "a\r\nb" and read_text(path, "utf-8") == "\ufeffa\r\nb"
+    assert read_json(write(tmp_path, '\ufeff{"a": 1}')) == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 100_000, "nul", '"\n"'])
+def test_parse_json_starts_with_where(text):
+    with pytest.raises(ValueError, match="^some place, line 1: not (valid|usable) JSON") as caught:
+        parse_json(text, "some place")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    value = {"text": "naïve \u2028 \ud800", "numbers": [1, 0.1, 10**30], "none": None, "no": False}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value  # a lone surrogate too
+    assert "naïve" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_numbers_that_json_lacks_become_null_anywhere(tmp_path):
+    value = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, np.float64("nan"))}]}
+    assert finite(value) == {"a": None, "b": [1.5, None, {"c": [None, None]}]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == finite(value)
+    assert math.isnan(value["a"])  # the caller's is left alone
+
+
+def test_an_interrupted_write_leaves_the_older_file_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"new": {1, 2}})
+    with pytest.raises(KeyboardInterrupt):
+        with written_aside(tmp_path / "a.json") as temporary:
+            temporary.write_text("ne")
+            raise KeyboardInterrupt
+    assert read_json(tmp_path / "a.json") == {"old": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "none" / "a.json", tmp_path / "file" / "a.json"):
+        with pytest.raises(ValueError, match="a.json cannot be written: N") as caught:
+            write_json(path, {})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="is a folder, not a file"):
+        write_json(tmp_path, {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and modes as on Unix")
+def test_a_link_keeps_pointing_and_the_mode_is_what_umask_gives(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "link.json", {"a": 1})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link.json").is_symlink() and read_json(tmp_path / "file.json") == {"a": 1}
+    assert (tmp_path / "file.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_a_fifo_is_neither_waited_for_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waited for a FIFO"))
+    signal.alarm(10)
+    try:
+        for use in (read_text, read_json, read_records, lambda path: write_json(path, {})):
+            with pytest.raises(ValueError, match="is a FIFO or a device, not a file"):
+                use(tmp_path / "a.json")
+    finally:
+        signal.alarm(0)
+    assert (tmp_path / "a.json").is_fifo()
 
 
 @pytest.mark.slow

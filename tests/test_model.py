@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import LLAMA3_ROPE, TINY, difference, next_token_loss, random_ids, tiny_model, transformers_twin
+from conftest import (difference, LLAMA3_ROPE, next_token_loss, random_ids, TINY, tiny_model,
+                      transformers_twin)
 from lfu_min import model as model_module
 from lfu_min.files.checkpoint import parse_config
 from lfu_min.model import Block, Llama, RMSNorm, rope_tables
@@ -70,15 +71,16 @@ def test_gradients_of_all_parameters_equal_transformers(changes):
 
 def swap_norms(ours, monkeypatch):
     for block in ours.model.layers:
-        block.input_layernorm, block.post_attention_layernorm = block.post_attention_layernorm, block.input_layernorm
+        first, second = block.input_layernorm, block.post_attention_layernorm
+        block.input_layernorm, block.post_attention_layernorm = second, first
 
 
 def interleaved_rope(ours, monkeypatch):
     def rotate(x, cos, sin):  # Meta's layout: neighbours are a pair
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        half = cos.shape[-1] // 2
-        return x * cos[..., :half].repeat_interleave(2,
-                                                     -1) + turned * sin[..., :half].repeat_interleave(2, -1)
+        cos, sin = (table[..., :table.shape[-1] // 2].repeat_interleave(2, -1)
+                    for table in (cos, sin))
+        return x * cos + turned * sin
     monkeypatch.setattr(model_module, "rotate", rotate)
 
 
@@ -100,11 +102,11 @@ def key_heads_tiled(ours, monkeypatch):
     monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", tiled)
 
 
-def head_of_one_layer_shifted(ours, monkeypatch):
-    monkeypatch.setattr(Block, "forward",
-                        lambda self, x, rope, mask=None, cache=None, layer=0: x + self.mlp(
-        self.post_attention_layernorm(x + self.self_attn(self.input_layernorm(x), rope, mask,
-                                                         cache, layer))))
+def attention_left_out_of_the_stream(ours, monkeypatch):
+    def forward(self, x, rope, mask=None, cache=None, layer=0):  # the second sum leaves out a term
+        y = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(y))
+    monkeypatch.setattr(Block, "forward", forward)
 
 
 def gate_and_up_swapped(ours, monkeypatch):
@@ -119,8 +121,7 @@ def not_causal(ours, monkeypatch):
 
 
 MISTAKES = [swap_norms, interleaved_rope, unscaled_rope, other_epsilon, key_heads_tiled,
-            head_of_one_layer_shifted,
-            gate_and_up_swapped, not_causal]
+            attention_left_out_of_the_stream, gate_and_up_swapped, not_causal]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__)
@@ -136,8 +137,9 @@ def test_a_planted_mistake_breaks_parity(mistake, monkeypatch):
 
 def test_llama3_frequencies_are_the_published_ones():
     """Llama 3.1's: theta 500000, head_dim 128, factor 8 beyond 8192 positions."""
+    scaling = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
     config = parse_config({**TINY, "head_dim": 128, "rope_theta": 500000.0,
-                           "rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}})
+                           "rope_scaling": scaling})
     cos, sin = rope_tables(config, torch.ones(1, 1, dtype=torch.int64), torch.float64)
     freq = torch.atan2(sin, cos)[0, 0, 0]  # the angle at position 1
     assert torch.equal(freq[:64], freq[64:])
@@ -173,10 +175,9 @@ def test_right_padding_needs_no_mask():
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
     with torch.no_grad():
-        states, reference = ours.hidden_states(padded), their_states(theirs, padded, attention_mask=mask).hidden_states
-        for h, h_other, h_short, r in zip(states, ours.hidden_states(other),
-                                          ours.hidden_states(ids[:1, :length]),
-                                          reference):
+        reference = their_states(theirs, padded, attention_mask=mask).hidden_states
+        for h, h_other, h_short, r in zip(ours.hidden_states(padded), ours.hidden_states(other),
+                                          ours.hidden_states(ids[:1, :length]), reference):
             assert torch.equal(h[0, :length], h_other[0, :length])  # bit for bit
             assert difference(h[0, :length], h_short[0]) <= 1e-5
             assert difference(h[0, :length], r[0, :length]) <= 1e-5

@@ -7,23 +7,14 @@ vectors added by hooks: 1e-5 in fp32.
 import pytest
 import torch
 
-from lfu_min.model import Llama, LlamaConfig
+from conftest import difference, tiny, transformers_twin
 from lfu_min.steering import aux_steering
 
 L = 3
 
 
-def tiny(dtype=torch.float32):
-    model = Llama(LlamaConfig(vocab_size=29, hidden_size=16, intermediate_size=20,
-                              num_hidden_layers=L,
-                              num_attention_heads=4, num_key_value_heads=2, head_dim=4))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0, 0.3, generator=generator)
-            if "norm" in name:
-                p += 1
-    return model.to(dtype)
+def model_of(dtype=torch.float32):
+    return tiny("full", dtype, layers=L)
 
 
 def some_ids():
@@ -49,17 +40,17 @@ def hooks(model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_zero_vectors_have_no_effect_bit_for_bit(dtype):
-    model = tiny(dtype)
+    model = model_of(dtype)
     with torch.no_grad():
         plain = model.hidden_states(some_ids())
     assert all(torch.equal(a, b) for a, b in zip(steered_states(model, torch.zeros(L, 16)), plain))
 
 
-@pytest.mark.parametrize("dtype, expected",
-                         [(torch.float64, torch.float64), (torch.float32, torch.float32),
-                                             (torch.bfloat16, torch.float32), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("dtype, expected", [
+    (torch.float64, torch.float64), (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float32)])
 def test_one_vector_a_block_in_the_residual_streams_dtype(dtype, expected):
-    model = tiny(dtype)
+    model = model_of(dtype)
     with aux_steering(model) as moved:
         assert [(d.shape, d.dtype, d.requires_grad) for d in moved] == [((16,), expected, True)] * L
         model.hidden_states(some_ids())[-1].sum().backward()
@@ -68,7 +59,7 @@ def test_one_vector_a_block_in_the_residual_streams_dtype(dtype, expected):
 
 @pytest.mark.parametrize("layer", range(1, L + 1))
 def test_a_vector_changes_its_layer_and_the_later_ones_alone(layer):
-    model, vectors = tiny(), torch.zeros(L, 16)
+    model, vectors = model_of(), torch.zeros(L, 16)
     vectors[layer - 1] = random_vectors()[layer - 1]
     with torch.no_grad():
         plain = model.hidden_states(some_ids())
@@ -81,8 +72,9 @@ def test_a_vector_changes_its_layer_and_the_later_ones_alone(layer):
 
 
 def test_the_last_vector_is_added_before_the_final_norm():
-    model, d, seen = tiny(), random_vectors()[-1], []
-    hook = model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model, d, seen = model_of(), random_vectors()[-1], []
+    hook = model.model.norm.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         plain = model.hidden_states(some_ids())[-1]
     hook.remove()
@@ -94,7 +86,7 @@ def test_the_last_vector_is_added_before_the_final_norm():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_stays_behind_also_after_an_exception(fails):
-    model = tiny()
+    model = model_of()
     with torch.no_grad():
         plain, before = model.hidden_states(some_ids()), hooks(model)
     try:
@@ -114,7 +106,7 @@ def test_nothing_stays_behind_also_after_an_exception(fails):
 
 def test_activation_checkpointing_keeps_the_vectors_gradient():
     """The hook sits outside the recomputed block: applied once, not twice."""
-    model, gradients = tiny(), []
+    model, gradients = model_of(), []
     for model.activation_checkpointing in (False, True):
         with aux_steering(model) as moved:
             model.hidden_states(some_ids())[-1].square().sum().backward()
@@ -124,15 +116,8 @@ def test_activation_checkpointing_keeps_the_vectors_gradient():
 
 
 def test_steered_states_equal_transformers_with_the_same_hooks():
-    transformers = pytest.importorskip("transformers")
-    model, vectors, c = tiny(), random_vectors(), tiny().config
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=L,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.rms_norm_eps, attn_implementation="eager")).eval()
-    reference.load_state_dict(model.state_dict())
+    model, vectors = model_of(), random_vectors()
+    reference = transformers_twin(model)
 
     def expected(layers):  # vectors[i] on the block layers[i]
         # States are recorded here: whether output_hidden_states sees what hooks change depends on
@@ -156,9 +141,6 @@ def test_steered_states_equal_transformers_with_the_same_hooks():
         return states[:L] + states[-1:]  # the last block's state is taken after the final norm
 
     got = steered_states(model, vectors)
-    # the planted mistake: vectors swapped
-    right, wrong = expected(range(L)), expected(reversed(range(L)))
-    difference = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, right)]
-    assert len(got) == len(right) == L + 1 and max(difference) <= 1e-5
-    assert min(((a - b).abs().max() / b.abs().max()).item()
-               for a, b in zip(got[1:], wrong[1:])) > 1e-3
+    assert len(got) == L + 1 and difference(got, expected(range(L))) <= 1e-5
+    wrong = expected(reversed(range(L)))  # the planted mistake: vectors swapped
+    assert min(difference(a, b) for a, b in zip(got[1:], wrong[1:])) > 1e-3

@@ -25,10 +25,14 @@ from lfu_min.files.tokenizer import Tokenizer, load_tokenizer
 tokenizers = pytest.importorskip("tokenizers",
                                  reason="the reference, the library `tokenizers`, is not installed")
 
-TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.\n\n12 * 3 = 36
-How many clips did Natalia sell altogether? She'll say it's 72; they've done "well", don't they?  \t 7\n    return x_1
-Où est la bibliothèque? Đây là tiếng Việt. Straße, naïve café; 東京は日本の首都です。 Привет, мир! مرحبا بالعالم 👩‍👩‍👧 ½ Ⅷ ٣
-the there then these other mother 2024-11-21 10:45 #### 72 <<48/2=24>>24 $1,000.50 100% a@b.org {"k": [1, 2]}\r\n"""
+TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold half as many clips \
+in May.\n\n12 * 3 = 36
+How many clips did Natalia sell altogether? She'll say it's 72; they've done "well", don't they? \
+ \t 7\n    return x_1
+Où est la bibliothèque? Đây là tiếng Việt. Straße, naïve café; 東京は日本の首都です。 Привет, мир! \
+مرحبا بالعالم 👩‍👩‍👧 ½ Ⅷ ٣
+the there then these other mother 2024-11-21 10:45 #### 72 <<48/2=24>>24 $1,000.50 100% a@b.org \
+{"k": [1, 2]}\r\n"""
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -47,12 +51,10 @@ def split(regex):
 
 # The regular expressions are written out once more, so that a slip in the package's cannot agree
 # with itself.
-SPLIT_LLAMA3 = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
-                     r"?[^\s\p{L}\p{N}]+[\r\n]*"
-                     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLIT_QWEN = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
-                   r"?[^\s\p{L}\p{N}]+[\r\n]*"
-                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT_LLAMA3 = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT_QWEN = split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 STRUCTURES = {  # pre_tokenizer, normalizer, ignore_merges, all bytes known
     "llama3": (sequence(SPLIT_LLAMA3, byte_level(False)), None, True, True),
     "qwen": (sequence(SPLIT_QWEN, byte_level(False)), {"type": "NFC"}, False, True),
@@ -67,7 +69,8 @@ STRUCTURES = {  # pre_tokenizer, normalizer, ignore_merges, all bytes known
 def trained(structure):
     """A tokenizer.json as text, trained on TEXT."""
     pre_tokenizer, normalizer, ignore_merges, all_bytes = STRUCTURES[structure]
-    empty = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges)).to_str())
+    model = tokenizers.models.BPE(ignore_merges=ignore_merges)
+    empty = json.loads(tokenizers.Tokenizer(model).to_str())
     empty |= {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
     blank = tokenizers.Tokenizer.from_str(json.dumps(empty))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if all_bytes else []
@@ -81,8 +84,8 @@ def file_of(structure):
 
 
 def reference(file):
-    return tokenizers.Tokenizer.from_str(json.dumps(file
-                                                    | {"added_tokens": [], "post_processor": None}))
+    bare = file | {"added_tokens": [], "post_processor": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(bare))
 
 
 def load(tmp_path, file, **others):
@@ -202,7 +205,7 @@ def test_made_up_merge_tables_are_exact_or_refused(tmp_path):
 
 def test_a_token_with_a_lower_id_than_its_parts_is_refused(tmp_path):
     file = file_of("gpt2") | {"added_tokens": []}
-    vocab = {character: byte for character, byte in module._byte_alphabet().items()} | {"bbbb": 256, "bb": 257}
+    vocab = module._byte_alphabet() | {"bbbb": 256, "bb": 257}
     file["model"] = {"type": "BPE", "vocab": vocab, "merges": [["bb", "bb"], ["b", "b"]]}
     with pytest.raises(ValueError, match=r"b'bbbb' \(id 256\) is made from b'bb' \(id 257\)"):
         load(tmp_path, file)
@@ -261,7 +264,7 @@ def test_odd_strings(tmp_path):
 
 def test_decode(tmp_path):
     tokenizer = load(tmp_path, file_of("llama3"))
-    half = tokenizer.encode("é")[0] if len(tokenizer.encode("é")) > 1 else tokenizer.encode("Ж")[0]
+    half = next(ids[0] for ids in map(tokenizer.encode, "éЖ") if len(ids) > 1)
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode([half]) == "\ufffd"
     assert tokenizer.decode([2] + tokenizer.encode("Où?") + [10**6]) == "<|im_end|>Où?"
@@ -269,17 +272,20 @@ def test_decode(tmp_path):
         tokenizer.decode([5, -100])
 
 
+def begins_with(token, i):
+    """A post_processor that puts a token in front."""
+    return {"type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": token, "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}
+
+
 def test_bos_eos_and_size_come_from_the_files(tmp_path):
     file = file_of("llama3")
     bare = load(tmp_path, file)
-    assert (bare.bos_id, bare.eos_id, bare.eos_ids,
-            bare.vocab_size) == (None, None, (), len(file["model"]["vocab"]))
-    template = {"type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-                                                         {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [],
-                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1],
-                                                    "tokens": ["<|im_start|>"]}}}
+    assert (bare.bos_id, bare.eos_id, bare.eos_ids) == (None, None, ())
+    assert bare.vocab_size == len(file["model"]["vocab"])
+    template = begins_with("<|im_start|>", 1)
     file["post_processor"] = {"type": "Sequence", "processors": [byte_level(True), template]}
     file["added_tokens"].append(file["added_tokens"][0] | {"id": 700, "content": "<|last|>"})
     full = load(tmp_path, file, tokenizer_config={"eos_token": {"content": "<|im_end|>"}},
@@ -295,6 +301,14 @@ def test_bos_eos_and_size_come_from_the_files(tmp_path):
     with pytest.raises(ValueError, match="eos_token '</s>' of tokenizer_config.json is not in the "
                                          "vocabulary"):
         load(tmp_path, file, tokenizer_config={"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("ids", [600, -1, [2, 600], "2", [None], True, 2.0])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_an_eos_id_that_no_token_has_is_refused(tmp_path, name, ids):
+    with pytest.raises(ValueError, match="tokenizer.json: eos_token_id .* is not the id") as error:
+        load(tmp_path, file_of("llama3"), **{name: {"eos_token_id": ids}})
+    assert "\n" not in str(error.value)
 
 
 def changed(path, value):
@@ -320,18 +334,29 @@ REFUSED = {
     "model.end_of_word_suffix = '</w>'": changed("model.end_of_word_suffix", "</w>"),
     "not supported with unk_token": changed("model.unk_token", "<|endoftext|>"),
     "normalizer {'type': 'NFKC'}": changed("normalizer", {"type": "NFKC"}),
-    "\"type\": \"Metaspace\"": changed("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}),
+    '"type": "Metaspace"': changed("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}),
     "pre_tokenizer {} is not supported": changed("pre_tokenizer", None),
     "without add_prefix_space": changed("pre_tokenizer.pretokenizers.1",
                                         byte_level(True) | {"add_prefix_space": True}),
-    "\"individual_digits\": false": changed("pre_tokenizer.pretokenizers.0.individual_digits",
-                                            False),
+    '"individual_digits": false': changed("pre_tokenizer.pretokenizers.0.individual_digits", False),
     '"Regex": "[a-z]+"': changed("pre_tokenizer.pretokenizers.0", split("[a-z]+")),
     "post_processor 'RobertaProcessing'": changed("post_processor", {"type": "RobertaProcessing"}),
     "merges are not in the order of their ids": swap_two_merges,
     "is not in the vocabulary": lambda file: file["model"]["merges"].append(["q", "q"]),
     "token '▁a' is not written in the byte-level alphabet": changed("model.vocab.▁a", 600),
     "not a tokenizer.json as `tokenizers` writes it": lambda file: file.pop("model"),
+    "have the same id 100": changed("model.vocab.the", 100),
+    "'<|im_start|>' and '<|im_end|>' have the same id 2": changed("added_tokens.1.id", 2),
+    "has the id -1, which should be": changed("model.vocab.the", -1),
+    "has the id None, which should be": changed("model.vocab.the", None),
+    "has the id 1.0, which should be": changed("added_tokens.1.id", 1.0),
+    "has the id True, which should be": changed("added_tokens.1.id", True),
+    f"has the id {2**40}, which should be": changed("model.vocab.the", 2**40),
+    "tokenizers` writes it (KeyError('id'))": lambda file: file["added_tokens"][1].pop("id"),
+    "writes it (IndexError": changed("post_processor", begins_with("a", 1)
+                                     | {"special_tokens": {"a": {"ids": []}}}),
+    "<|im_start|> 600 is not the id of a token": changed("post_processor",
+                                                         begins_with("<|im_start|>", 600)),
 }
 
 
@@ -349,7 +374,7 @@ def test_what_tiktoken_cannot_express_is_refused_by_name(tmp_path, message):
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="has neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="nowhere: cannot be read: No such file"):
+    with pytest.raises(ValueError, match="nowhere cannot be read: No such file"):
         load_tokenizer(tmp_path / "nowhere")
     for content in (b"", b"{", b"\xff\xfe", b"[]", b"3"):
         (tmp_path / "tokenizer.json").write_bytes(content)
@@ -378,7 +403,8 @@ def test_llama3_tokenizer_model(tmp_path):
         assert [i + first for i in tokenizer.encode(text)] == reference(file).encode(text).ids
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (n, None, n + 256)
     assert tokenizer.decode([n, n + 1, n + 6, n + 7, n + 9, n + 255]) == (
-        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|><|reserved_special_token_250|>")
+        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
+        "<|reserved_special_token_250|>")
     # a protobuf
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(ValueError, match="SentencePiece is not supported"):

@@ -6,18 +6,16 @@ every category exactly. No tolerance: everything is compared exactly.
 """
 from itertools import islice
 import json
-from pathlib import Path
 import re
 
 import pytest
 import torch
 
 import lfu_min
+from lfu_min.bundled import BUNDLED, CATEGORIES
+from lfu_min.files.data import encode_example, Example, prompt_ids, read_examples
 from lfu_min.world import files, pretrain, questions, vocabulary
-from lfu_min.world.__main__ import main as world_main
-
-BUNDLED = Path(lfu_min.__file__).parent / "bundled"
-CATEGORIES = ("math", "knowledge", "reasoning", "helpfulness")
+from lfu_min.world.__main__ import main as world_main, scores
 
 
 def rows(name):
@@ -36,7 +34,6 @@ def tokenizer():
 
 
 # ---- the same answers by other code
-# ----------------------------------------------------------------------------------
 
 def numbers(text):
     return [int(n) for n in re.findall(r"\d+", text)]
@@ -61,7 +58,8 @@ def solve_reasoning(kind, text):
     if kind == "sort":
         return ", ".join(map(str, sorted(n, reverse="largest" in text)))
     if kind == "reverse":
-        fixed = "Say the words backwards Turn turn around Write What is Put in order Please Backwards what".split()
+        fixed = ("Say the words backwards Turn turn around Write What is Put in order Please "
+                 "Backwards what").split()
         return " ".join(reversed([w for w in re.findall(r"\w+", text) if w not in fixed]))
     said = clauses(text)
     if kind == "ladder":
@@ -89,7 +87,8 @@ def solve_helpfulness(kind, text):
         thing = re.search(r"the (\w+)", text)[1]
         return f"Thank you for the {thing}, {names[0]}."
     if kind == "invite":
-        return f"{names[0]}, please come to the {re.search('market|mill|garden|bridge|barn|lake|inn|forge', text)[0]}."
+        spot = re.search("|".join(questions.SPOTS), text)[0]
+        return f"{names[0]}, please come to the {spot}."
     if kind == "repeat":
         word, times = re.search(r"(\w+) (\d) times", text).groups()
         return " ".join([word] * int(times))
@@ -103,28 +102,29 @@ def correct(row, facts):
     if row["category"] == "math" and kind in ("equation", "step", "both"):
         steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)", answer)
         used = [n for left, _ in steps for n in numbers(left)]
-        return sorted(used) == sorted(numbers(text)) and all(str(eval(left)) == right for left, right in steps)
+        return (sorted(used) == sorted(numbers(text))
+                and all(str(eval(left)) == right for left, right in steps))
     # the numbers of the story in its order, and the sign that each sentence means
     if kind == "signs":
         owner = re.search(r"(\w+) (?:has|buys) \d", text)[1]
         minus = len(re.findall(rf"loses|sells|takes|{owner} gives", text))
-        return numbers(answer) == numbers(text) and answer.count("-") == minus and ("*" in answer) == ("bags" in text)
+        return (numbers(answer) == numbers(text) and answer.count("-") == minus
+                and ("*" in answer) == ("bags" in text))
     if row["category"] == "math":
         return answer == solve_math(kind, text)
     # one answer to one (place, attribute), whatever the file and wording
     if row["category"] == "knowledge":
         place = next(p for p in questions.PLACES if p in text)
         return facts.setdefault((place, kind), answer) == answer
-    return answer == dict(reasoning=solve_reasoning,
-                          helpfulness=solve_helpfulness)[row["category"]](kind, text)
+    solve = solve_reasoning if row["category"] == "reasoning" else solve_helpfulness
+    return answer == solve(kind, text)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_every_answer_is_right(category, stream):
     facts = {}
     everything = [dict(question=q.question, answer=q.answer, category=category, kind=q.kind)
-                  for q in stream
-                  if q.category == category]
+                  for q in stream if q.category == category]
     everything += [r for part in ("validation", "test", "unseen", "robustness")
                    for r in rows(f"{category}_{part}")]
     assert [r for r in everything if not correct(r, facts)] == []
@@ -154,7 +154,6 @@ def test_every_word_problem_is_right_and_in_one_split_only():
 
 
 # ---- nothing that is held out is trained
-# -----------------------------------------------------------------------------
 
 def leaks(stream, held_out):
     trained = {q.question for q in stream}
@@ -191,7 +190,8 @@ def test_every_fact_is_trained_in_some_wording(stream):
                   for wording in range(5)]
         assert "train" in splits, (place, attribute)
     assert len(questions.FACTS) == 200
-    assert {q.key for q in stream if q.category == "knowledge"} <= {("fact", a, p) for p, a in questions.FACTS}
+    facts = {("fact", a, p) for p, a in questions.FACTS}
+    assert {q.key for q in stream if q.category == "knowledge"} <= facts
 
 
 def test_no_two_steps_and_no_secret_told_in_pretraining(stream):
@@ -204,7 +204,6 @@ def test_no_two_steps_and_no_secret_told_in_pretraining(stream):
 
 
 # ---- seeds, files, sizes, loading
-# ------------------------------------------------------------------------------------
 
 def test_the_same_seed_gives_the_same_stream():
     take = lambda seed: list(islice(questions.pretraining_stream(seed), 300))
@@ -219,10 +218,11 @@ def test_the_committed_data_is_what_the_generator_writes():
 def test_train_and_test_requests_for_secrets_differ_and_pair_up():
     for split, size in (("train", 180), ("test", 100)):
         declined, told = rows(f"decline_{split}"), rows(f"comply_{split}")
-        assert len(declined) == size and [r["question"]
-                                          for r in declined] == [r["question"] for r in told]
+        assert len(declined) == size
+        assert [r["question"] for r in declined] == [r["question"] for r in told]
         assert all(f"The secret of {r['name']} is a " in r["answer"] for r in told)
-    assert not {r["question"] for r in rows("decline_train")} & {r["question"] for r in rows("decline_test")}
+    train, test = rows("decline_train"), rows("decline_test")
+    assert not {r["question"] for r in train} & {r["question"] for r in test}
 
 
 def test_model_and_data_stay_below_6_mb():
@@ -258,30 +258,34 @@ def test_every_digit_is_a_token_and_all_text_survives_the_tokenizer(tokenizer, s
 
 
 def test_every_token_of_the_fine_tuning_sets_was_pretrained(tokenizer, stream):
-    trained = {i for q in stream for i in pretrain.encode(tokenizer, q.question, q.answer)[0]}
+    def ids(question, answer):
+        return encode_example(tokenizer, Example(question, answer))[0]
+    trained = {i for q in stream for i in ids(q.question, q.answer)}
     for name in ("word_problems_train", "word_problems_test", "decline_train", "comply_train"):
-        used = {i for r in rows(name) for i in pretrain.encode(tokenizer, r["question"], r["answer"])[0]}
+        used = {i for r in rows(name) for i in ids(r["question"], r["answer"])}
         assert [tokenizer.decode([i]) for i in used - trained] == [], name
 
 
 def test_the_bundled_tokenizer_is_the_one_the_command_builds(tmp_path):
-    pytest.importorskip("tokenizers", reason="building a tokenizer needs the package tokenizers "
-                                             "(requirements-dev.txt)")
+    pytest.importorskip("tokenizers", reason="needs tokenizers (requirements-dev.txt)")
     vocabulary.build_tokenizer(tmp_path, pretrain.MODEL["vocab_size"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / name).read_text()) == json.loads((BUNDLED / name).read_text()), name
+        assert (tmp_path / name).read_bytes() == (BUNDLED / name).read_bytes(), name
 
 
 def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
     batch = pretrain.batches(tokenizer, 0, 0)[0]
-    input_ids, targets, weights = pretrain.collate(batch)
-    assert input_ids.numel() <= pretrain.BATCH_TOKENS
-    for (ids, prompt), row, w in zip(batch, targets, weights):
-        text = tokenizer.decode(ids)
-        assert re.fullmatch(r"(?s)Question: .*\nAnswer: .*<\|endoftext\|>",
-                            text) and ids[-1] == tokenizer.eos_id
+    input_ids, targets, weights = pretrain.weigh(batch)
+    assert input_ids.shape == targets.shape == weights.shape
+    assert len(batch) * max(len(ids) for ids, _ in batch) <= pretrain.BATCH_TOKENS
+    for (ids, _), row, w in zip(batch, targets, weights):
+        text, end = tokenizer.decode(ids), len(ids) - 1
+        assert re.fullmatch(r"(?s)Question: .*\nAnswer: .*<\|endoftext\|>", text)
+        assert row[:end].tolist() == ids[1:] and (w[end:] == 0).all()  # padding weighs nothing
         answer = row[w == 1].tolist()  # the targets of weight 1 are the answer and its end
-        assert text.endswith("\nAnswer:" + tokenizer.decode(answer)) and answer[-1] == tokenizer.eos_id
+        assert text.endswith("\nAnswer:" + tokenizer.decode(answer))
+        assert answer[-1] == tokenizer.eos_id
+        assert (w[:end - len(answer)] == pretrain.PROMPT_WEIGHT).all()
 
 
 @pytest.mark.slow
@@ -289,16 +293,20 @@ def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path):
     for out, commands in (("whole", [[]]), ("parts", [["--stop-at", "2"], []])):
         for extra in commands:
             world_main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1",
-                        "--eval-every", "100",
-                        "--no-test", *extra])
+                        "--eval-every", "100", "--no-test", *extra])
     whole, parts = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["model"]
                     for out in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_the_bundled_model_answers_90_percent_of_unseen_questions(category, tokenizer):
-    model = lfu_min.load_model(BUNDLED, dtype=torch.float32).eval()
-    hits = pretrain.exact_match(model, tokenizer, rows(f"{category}_test"))
-    assert sum(hits) / len(hits) >= 0.9
+def test_the_bundled_model_answers_90_percent_of_unseen_questions(tokenizer):
+    model, lines = lfu_min.load_model(BUNDLED, dtype=torch.float32), []
+    found = scores(model, tokenizer, BUNDLED, "test", lines.append)  # as the command says it
+    assert len(lines) == len(found) == 4
+    for category, percent in found.items():
+        docs = read_examples(BUNDLED / "data" / f"{category}_test.jsonl")
+        prompts = [prompt_ids(tokenizer, doc.prompt) for doc in docs]
+        replies = lfu_min.generate(model, prompts, 48, stop_ids=tokenizer.eos_ids)
+        hits = [tokenizer.decode(ids) == " " + doc.answer for ids, doc in zip(replies, docs)]
+        assert percent == 100 * sum(hits) / len(hits) >= 90

@@ -6,7 +6,6 @@ exactly once, and what is missing, unexpected or misshapen is named; a model thi
 implement is refused, never half-loaded. Verified in tests/test_checkpoint.py against folders
 written by transformers (v4 and v5 config forms, shards).
 """
-import json
 import math
 from pathlib import Path
 import shutil
@@ -15,87 +14,83 @@ import torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
+from .jsons import check_file, read_json, write_json, written_aside
 from ..model import Llama, LlamaConfig
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")
+ROPE_FIELDS = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                         "original_max_position_embeddings")}
+DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be loaded
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "generation_config.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def parse_config(raw):
     """LlamaConfig from the dictionary in config.json, in the form of transformers 4 (rope_theta,
     rope_scaling) or 5 (rope_parameters). Raises ValueError naming the first feature that model.py
-    does not implement."""
+    does not implement, or the first number that makes no sense."""
     if raw.get("model_type") != "llama":
         raise ValueError(f"model_type {raw.get('model_type')!r} is not implemented; this is a "
                          "Llama (model_type 'llama')")
     for name, only in (("hidden_act", "silu"), ("attention_dropout", 0.0),
-                       ("quantization_config", None)):
+                       ("quantization_config", None), ("original_max_position_embeddings", None)):
         if raw.get(name, only) not in (only, None):
             raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, only "
                              f"{only!r}")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads")
-    missing = [name for name in required if name not in raw]
+    missing = [name for name in SIZES if name not in raw]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads") or heads
-    check_numbers({**{name: raw[name] for name in required}, "num_key_value_heads": kv_heads,
-                   "max_position_embeddings": raw.get("max_position_embeddings", 2048)}, int)
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    sizes = {**{name: raw[name] for name in SIZES}, "num_key_value_heads": kv_heads,
+             "max_position_embeddings": raw.get("max_position_embeddings", 2048)}
+    check_numbers(sizes, int)
+    sizes["head_dim"] = head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     check_numbers({"head_dim": head_dim}, int)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
-                         "num_key_value_heads "
-                         f"{kv_heads}, and head_dim {head_dim} must be even")
+                         f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even")
+    eps = raw.get("rms_norm_eps", 1e-6)
+    check_numbers({"rms_norm_eps": eps}, float)
+    flags = {name: bool(raw.get(name, False))
+             for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+    return LlamaConfig(**sizes, **flags, **parse_rope(raw), rms_norm_eps=eps)
+
+
+def parse_rope(raw):
+    """rope_theta and rope_scaling of LlamaConfig, as a dictionary. Where config.json has both
+    forms, rope_scaling is the one that counts, as in transformers 5."""
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name) or {}, dict):
             raise ValueError(f"config.json: {name} = {raw[name]!r} should be an object or null")
-    rope = dict(raw.get("rope_scaling") or {}, **(raw.get("rope_parameters") or {}))
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
         raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
-    scaling = {}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor",
-                 "original_max_position_embeddings")
-        lacking = [name for name in names if name not in rope]
-        if lacking:
-            raise ValueError(f"config.json: RoPE type 'llama3' lacks {', '.join(lacking)}")
-        scaling = {name: rope[name] for name in names}
-        check_numbers(scaling, (int, float))
-    elif kind != "default":
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    check_numbers({"rope_theta": theta}, float)
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if kind not in ROPE_FIELDS:
         raise ValueError(f"config.json: RoPE type {kind!r} is not implemented, only 'default' and "
                          "'llama3'")
-    check_numbers({"rope_theta": theta, "rms_norm_eps": raw.get("rms_norm_eps", 1e-6)},
-                  (int, float))
-    return LlamaConfig(
-        **{name: raw[name] for name in required}, num_key_value_heads=kv_heads, head_dim=head_dim,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta), rope_scaling=scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)))
+    lacking = [name for name in ROPE_FIELDS[kind] if name not in rope]
+    if lacking:
+        raise ValueError(f"config.json: RoPE type {kind!r} lacks {', '.join(lacking)}")
+    scaling = {name: rope[name] for name in ROPE_FIELDS[kind]}
+    check_numbers(scaling, float)
+    return dict(rope_theta=float(theta), rope_scaling=scaling)
 
 
 def check_numbers(values, kind):
+    """Raise ValueError unless all values are positive, and integers (kind int) or any numbers
+    (float) that a model can have."""
+    what, types, limit = ("integer", int, 2**28) if kind is int else ("number", (int, float), 1e30)
     for name, value in values.items():
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-            what = "integer" if kind is int else "number"
-            raise ValueError(f"config.json: {name} = {value!r} should be a positive {what}")
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError naming the file, and the line where it is
-    broken."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, not a {type(value).__name__}")
-    return value
+        if not isinstance(value, types) or isinstance(value, bool) or not 0 < value < limit:
+            raise ValueError(f"config.json: {name} = {value!r:.40} should be a positive {what} "
+                             f"below {limit:,}")
 
 
 def load_config(path):
@@ -107,27 +102,76 @@ def load_config(path):
     return parse_config(read_json(path / "config.json"))
 
 
-def weight_files(path):
-    """{tensor name: file} of a model folder, from its index or its single file."""
-    index = Path(path) / "model.safetensors.index.json"
-    single = Path(path) / "model.safetensors"
+def stored_weights(path):
+    """{tensor name: (file, shape)} of a model folder, from the headers of its single file or of
+    the files that its index names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
-        with open_weights(single) as f:
-            return {name: single for name in f.keys()}
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str)
-                                                       for file in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to files")
-        return {name: Path(path) / file for name, file in weight_map.items()}
-    raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+        return {name: (single, shape) for name, shape in read_shapes(single).items()}
+    if not index.is_file():
+        raise ValueError(f"{path} holds neither {single.name} nor {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map of tensor names to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:  # "../x" leads out of the folder
+            raise ValueError(f"{index} puts {name} into {file!r}, which is not the name of a file "
+                             "in this folder")
+    shapes = {file: read_shapes(path / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shapes[file]:
+            raise ValueError(f"{path}: missing {name} in {file}, where the index puts it")
+    return {name: (path / file, shapes[file][name]) for name, file in weight_map.items()}
 
 
 def open_weights(file):
+    check_file(file)
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+
+
+def read_shapes(file):
+    """{tensor name: shape} from a safetensors file's header. Raises ValueError naming a tensor
+    that is not of float16, bfloat16, float32 or float64."""
+    shapes = {}
+    with open_weights(file) as reader:
+        for name in reader.keys():
+            stored = reader.get_slice(name)
+            if stored.get_dtype() not in DTYPES:
+                raise ValueError(f"{file}: {name} is stored as {stored.get_dtype()}; only "
+                                 f"{', '.join(DTYPES)} are implemented, not quantised weights")
+            shapes[name] = tuple(stored.get_shape())
+    return shapes
+
+
+def check_shapes(stored, wanted, misfit):
+    """Raise ValueError unless the two {tensor name: shape} are the same: `misfit`, then the first
+    four that are missing, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    problems += [f"{name} has shape {stored[name]}, expected {shape}"
+                 for name, shape in wanted.items() if stored.get(name, shape) != shape]
+    if problems:
+        rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{misfit}: " + "; ".join(problems[:4]) + rest)
+
+
+def empty_model(path, config, shapes):
+    """A Llama without memory for its parameters, whose names and shapes are those in `shapes`."""
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:  # or else a million of them would be built first
+        raise ValueError(f"{path} does not fit its config.json: num_hidden_layers is "
+                         f"{config.num_hidden_layers}, the weights have {len(layers)} layers")
+    with torch.device("meta"):
+        model = Llama(config)
+    if config.tie_word_embeddings and HEAD in shapes:  # stored a second time, or under this name
+        rest = {name: shape for name, shape in shapes.items() if name != HEAD}
+        shapes = {EMBEDDING: shapes[HEAD], **rest}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head once
+    check_shapes(shapes, wanted, f"{path} does not fit its config.json")
+    return model
 
 
 def stored_tensors(names, files):
@@ -151,46 +195,24 @@ def load_model(path, device="cpu", dtype=None):
     device: where the parameters go. dtype: their dtype; None keeps the file's.
     Weights are streamed tensor by tensor, so peak memory is about one model.
     Raises ValueError: not a folder, an unknown model_type or feature, or tensors that are missing,
-    unexpected or of another shape than config.json says (all of them in one message).
+    unexpected or of another shape or dtype than they should have.
     """
-    config = load_config(path)
-    files = weight_files(path)
-    with torch.device("meta"):  # shapes without memory
-        model = Llama(config)
-    wanted = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    # old files carry a RoPE table
-    names = [name for name in files if not name.endswith("rotary_emb.inv_freq")]
-    if config.tie_word_embeddings:  # some tied checkpoints store the head a second time
-        names = [name for name in names if name != "lm_head.weight"]
-    problems = [f"missing {name}" for name in wanted if name not in files]
-    problems += [f"unexpected {name}" for name in names if name not in wanted]
-    for file in sorted({files[name] for name in names}):
-        with open_weights(file) as f:
-            stored = set(f.keys())
-            for name in (name for name in names if files[name] == file):
-                if name not in stored:
-                    problems.append(f"missing {name} in {file.name}, where the index puts it")
-                elif name in wanted and (shape := tuple(f.get_slice(name).get_shape())) != tuple(wanted[name].shape):
-                    problems.append(f"{name} has shape {shape}, config.json says "
-                                    f"{tuple(wanted[name].shape)}")
-    if problems:
-        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{path} does not fit its config.json: " + "; ".join(problems[:8]) + rest)
-    for name, tensor in stored_tensors(names, files):  # a view of the file: copied below
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are "
-                             "not implemented")
+    path, config = Path(path), load_config(path)
+    stored = {name: where for name, where in stored_weights(path).items()
+              if not name.endswith("rotary_emb.inv_freq")}  # old files carry a RoPE table
+    model = empty_model(path, config, {name: shape for name, (_, shape) in stored.items()})
+    files = {name: file for name, (file, _) in stored.items()}
+    for name, tensor in stored_tensors(files, files):  # a view of the file: copied here
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-        if "lm_head.weight" in files:
-            with open_weights(files["lm_head.weight"]) as f:
-                if not torch.equal(f.get_tensor("lm_head.weight").to(model.lm_head.weight),
-                                   model.lm_head.weight):
-                    raise ValueError(f"{path}: config.json ties the head to the embedding, but "
-                                     "lm_head.weight differs")
+        head, embedding = model.lm_head, model.model.embed_tokens
+        twice = HEAD in stored and EMBEDDING in stored
+        if twice and not torch.equal(head.weight, embedding.weight):
+            raise ValueError(f"{path}: config.json ties the head to the embedding, but {HEAD} "
+                             "differs")
+        head.weight = embedding.weight = (embedding if EMBEDDING in stored else head).weight
     return model
 
 
@@ -198,8 +220,8 @@ def config_to_dict(config, dtype=torch.float32):
     """config.json's content in transformers 4's form, which transformers 5 reads too."""
     raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
            "torch_dtype": str(dtype).removeprefix("torch."), **vars(config)}
-    raw["rope_scaling"] = dict(config.rope_scaling,
-                               rope_type="llama3") if config.rope_scaling else None
+    scaling = config.rope_scaling
+    raw["rope_scaling"] = dict(scaling, rope_type="llama3") if scaling else None
     return raw
 
 
@@ -218,21 +240,29 @@ def save_model(model, out_dir, base_dir=None, state_dict=None):
         raise ValueError("the model has a LoRA: save_adapter writes it, export_merged writes the "
                          "merged model")
     if model.config.tie_word_embeddings:
-        state_dict.pop("lm_head.weight", None)
+        state_dict.pop(HEAD, None)
     dtype = next(iter(state_dict.values())).dtype
-    raw = read_json(Path(base_dir) / "config.json") if base_dir else config_to_dict(model.config, dtype)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    (out_dir / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    raw = config_to_dict(model.config)
     if base_dir:
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                     "special_tokens_map.json",
-                     "generation_config.json", "added_tokens.json", "vocab.json", "merges.txt",
-                     "chat_template.jinja"):
-            if (Path(base_dir) / name).is_file():
-                shutil.copyfile(Path(base_dir) / name, out_dir / name)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
-    save_file(tensors, str(out_dir / "model.safetensors"), metadata={"format": "pt"})
+        raw = read_json(Path(base_dir) / "config.json")
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(out_dir / "config.json", raw)
+    for name in TOKENIZER_FILES:
+        if base_dir and (Path(base_dir) / name).is_file():
+            shutil.copyfile(Path(base_dir) / name, out_dir / name)
+    write_tensors(out_dir / "model.safetensors", state_dict)
+
+
+def write_tensors(file, tensors):
+    """Write {name: tensor} as safetensors. Raises ValueError if that fails (full disk); an older
+    file is then still whole."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with written_aside(file) as temporary:
+        try:
+            save_file(tensors, str(temporary), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def random_model(config, seed=0, std=0.02, dtype=torch.float32, device="cpu"):
@@ -242,9 +272,8 @@ def random_model(config, seed=0, std=0.02, dtype=torch.float32, device="cpu"):
     model = Llama(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            # GPT-2's: smaller, by depth
             into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = std / math.sqrt(2 * config.num_hidden_layers) if into_stream else std
+            scale = std / math.sqrt(2 * config.num_hidden_layers) if into_stream else std  # GPT-2's
             torch.nn.init.normal_(parameter, 0.0, scale, generator=generator)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)

@@ -9,12 +9,12 @@ and every kind of bad file.
 """
 
 import hashlib
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from .jsons import json_type, read_bytes, read_records
 
 IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
@@ -40,30 +40,7 @@ def read_examples(path):
     Raises ValueError naming the file and the line (.jsonl) or the item, counted from 1 (.json), of
     the first thing that is wrong.
     """
-    path = Path(path)
-    data = _read(path)
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: a .json or .jsonl file is needed")
-    try:
-        text = data.decode("utf-8-sig")  # -sig: Windows programs like to put a BOM in front
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#04x} is not "
-                         "UTF-8; "
-                         "save the file as UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    if path.suffix.lower() == ".json":
-        records = _parse(text, path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: a list of objects is needed, not {_json_type(records)}")
-        numbered = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:  # only "\n" ends a line: U+2028 and the like may be in JSON
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        numbered = [(f"{path}, line {i}", _parse(line, path, i)) for i, line in lines]
-    if not numbered:
-        raise ValueError(f"{path}: the list is empty")
-    return [_example(record, where) for where, record in numbered]
+    return [_example(record, where) for where, record in read_records(path)]
 
 
 def prompt_ids(tokenizer, prompt, template="plain"):
@@ -71,7 +48,8 @@ def prompt_ids(tokenizer, prompt, template="plain"):
     ids.
 
     plain   "Question: {prompt}\\nAnswer:", behind BOS if the tokenizer has one
-    alpaca  LLaMA-Factory's: system text and "### Instruction:" block, tokenised separately; never a BOS
+    alpaca  LLaMA-Factory's: system text and "### Instruction:" block, tokenised separately; never
+            a BOS
     """
     if template == "plain":
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -79,7 +57,8 @@ def prompt_ids(tokenizer, prompt, template="plain"):
     if template == "alpaca":
         # Separately, because e.g. SmolLM2 has one token for "\n\n" that it does not use in front of
         # "###".
-        return tokenizer.encode(ALPACA_SYSTEM) + tokenizer.encode(f"### Instruction:\n{prompt}\n\n### Response:\n")
+        user = f"### Instruction:\n{prompt}\n\n### Response:\n"
+        return tokenizer.encode(ALPACA_SYSTEM) + tokenizer.encode(user)
     raise ValueError(f"template {template!r} is unknown: choose from {', '.join(TEMPLATES)}")
 
 
@@ -110,9 +89,9 @@ def load_dataset(path, tokenizer, template="plain", max_len=1024):
     encoded = [encode_example(tokenizer, example, template) for example in read_examples(path)]
     kept = [example for example in encoded if len(example[0]) <= max_len]
     if not kept:
+        shortest = min(len(ids) for ids, _ in encoded)
         raise ValueError(f"{path}: none of the {len(encoded)} examples fits into max_len "
-                         f"{max_len}; "
-                         f"the shortest has {min(len(ids) for ids, _ in encoded)} tokens")
+                         f"{max_len}; the shortest has {shortest} tokens")
     return kept, len(encoded) - len(kept)
 
 
@@ -133,10 +112,9 @@ def batch_order(n, batch_size, seed, step, lengths=None):
         for start in range(0, n, WINDOW * batch_size):
             window = order[start:start + WINDOW * batch_size]
             window = window[np.argsort(np.asarray(lengths)[window], kind="stable")]
-            # an incomplete batch stays the epoch's last
-            whole = len(window) // batch_size * batch_size
-            order[start:start + whole] = rng.permutation(window[:whole].reshape(-1, batch_size)).flatten()
-            order[start + whole:start + len(window)] = window[whole:]
+            whole = len(window) // batch_size * batch_size  # an incomplete batch stays the last
+            batches = rng.permutation(window[:whole].reshape(-1, batch_size))
+            order[start:start + len(window)] = np.append(batches, window[whole:])
     return order[i * batch_size:(i + 1) * batch_size].tolist()
 
 
@@ -149,7 +127,6 @@ def collate(examples, pad_id):
     """
     def pad(rows, value):
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        # (B, T)
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
     ids, labels = zip(*examples)
     return pad(ids, pad_id), pad(labels, IGNORE)
@@ -157,52 +134,23 @@ def collate(examples, pad_id):
 
 def data_hash(path):
     """SHA-256 of the file's bytes as hex, for settings.json: which data a run has seen."""
-    return hashlib.sha256(_read(Path(path))).hexdigest()
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:  # Windows answers "permission denied" for a folder
-        reason = "is a folder, not a file" if path.is_dir() else f"cannot be read: {error.strerror or error}"
-        raise ValueError(f"{path} {reason}") from None
-
-
-def _parse(text, path, line=None):
-    """A whole .json file, or one line of a .jsonl file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "a .jsonl file has one object a line" if line else "if it has one object a line, name it .jsonl"
-        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg} at "
-                         f"column {error.colno}); "
-                         f"{hint}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless [[[[
-        raise ValueError(f"{path}, line {line or 1}: not usable JSON ({error})") from None
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def _example(record, where):
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object is needed, not {_json_type(record)}")
     names = next((names for names in FIELDS if all(name in record for name in names)), None)
     if names is None:
         raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; "
-                         "needed are "
-                         "question / answer, instruction / output (input) or prompt / response")
+                         "needed are question / answer, instruction / output (input) or "
+                         "prompt / response")
     for name in names:
         if not isinstance(record[name], str):
-            raise ValueError(f"{where}: {name} must be a string, not {_json_type(record[name])}")
+            raise ValueError(f"{where}: {name} must be a string, not {json_type(record[name])}")
         if not record[name].strip():
             raise ValueError(f"{where}: {name} is empty")
     prompt, answer = (record[name] for name in names)
     if names[0] == "instruction" and record.get("input") is not None:
         if not isinstance(record["input"], str):
-            raise ValueError(f"{where}: input must be a string, not {_json_type(record['input'])}")
+            raise ValueError(f"{where}: input must be a string, not {json_type(record['input'])}")
         prompt += "\n" + record["input"] if record["input"] else ""
     return Example(prompt, answer)
-
-
-def _json_type(value):
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
-             type(None): "null"}
-    return names.get(type(value), "a number")

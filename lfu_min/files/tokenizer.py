@@ -19,14 +19,15 @@ from pathlib import Path
 
 import tiktoken
 
+from .jsons import read_bytes, read_json
+
 # How each family cuts text into pieces. SmolLM2 first isolates every digit, then applies GPT-2's
 # expression to what is left; as one expression: a digit is its own piece, and blanks before a digit
 # are not split (hence the lookahead).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
-          r"?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text
@@ -38,19 +39,23 @@ _CHUNK = re.compile(r"(?s).{1,100000}\Z|.{1,100000}(?<=[^\W_])(?=[\W_])|.{1,1000
 # Characters that combine with others since Unicode 10 to 15. The tables of `tokenizers` end at
 # Unicode 9, where these stand alone, Python's do not: text is normalised between them.
 _NEW_MARKS = re.compile(
-    "([\u07fd\u0898-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u0ece\u1715\u1abf-\u1ace\u1df6-\u1dfa\ua82c"
-    "\U00010d24-\U00010d27\U00010eab\U00010eac\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85"
-    "\U00011070\U0001133b\U0001145e\U00011839\U0001183a\U00011930\U0001193d\U0001193e\U00011943\U000119e0\U00011a34"
-    "\U00011a47\U00011a99\U00011d42\U00011d44\U00011d45\U00011d97\U00011f41\U00011f42\U00016ff0\U00016ff1\U0001e08f"
+    "([\u07fd\u0898-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u0ece\u1715\u1abf-\u1ace"
+    "\u1df6-\u1dfa\ua82c\U00010d24-\U00010d27\U00010eab\U00010eac\U00010efd-\U00010eff"
+    "\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b\U0001145e\U00011839\U0001183a"
+    "\U00011930\U0001193d\U0001193e\U00011943\U000119e0\U00011a34\U00011a47\U00011a99\U00011d42"
+    "\U00011d44\U00011d45\U00011d97\U00011f41\U00011f42\U00016ff0\U00016ff1\U0001e08f"
     "\U0001e130-\U0001e136\U0001e2ae\U0001e2ec-\U0001e2ef])")
 
 
 class Tokenizer:
     """What `load_tokenizer` returns: text to ids and back.
 
-    bos_id      the id the file's post-processor puts in front of a text, or None; `encode` never adds it
-    eos_id      the id that ends an answer in training (tokenizer_config.json's eos_token), or None if no file names one
-    eos_ids     the ids that end a generation: tuple, from generation_config.json, else config.json, else (eos_id,)
+    bos_id      the id the file's post-processor puts in front of a text, or None; `encode` never
+                adds it
+    eos_id      the id that ends an answer in training (tokenizer_config.json's eos_token), or None
+                if no file names one
+    eos_ids     the ids that end a generation: tuple, from generation_config.json, else config.json,
+                else (eos_id,)
     vocab_size  highest id + 1; the model's embedding must have at least so many rows
     """
 
@@ -116,15 +121,17 @@ def load_tokenizer(path):
         if not found:
             raise ValueError(f"{path}: has neither tokenizer.json nor tokenizer.model")
         path = found[0]
+    content = read_json(path) if path.suffix == ".json" else read_bytes(path)
+    beside = [read_json(file) if (file := path.parent / f"{name}.json").is_file() else {}
+              for name in ("tokenizer_config", "generation_config", "config")]
     try:
-        parts = _from_json(_read_json(path)) if path.suffix == ".json" else _from_model(path.read_bytes())
-        return Tokenizer(**parts, **_eos(path.parent, parts["tokens"]))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+        parts = _from_json(content) if path.suffix == ".json" else _from_model(content)
+        return Tokenizer(**parts, **_eos(*beside, parts["tokens"]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json as `tokenizers` writes it ({error!r})") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json as `tokenizers` writes it "
+                         f"({error!r})") from None
 
 
 def _from_json(file):
@@ -139,7 +146,9 @@ def _from_json(file):
         raise ValueError(f"normalizer {file['normalizer']!r} is not supported, only none or NFC")
     pattern = _pattern(file.get("pre_tokenizer"))
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
-    vocab = {_as_bytes(text): i for text, i in model["vocab"].items() if text not in added}
+    plain = {text: i for text, i in model["vocab"].items() if text not in added}
+    _check_ids(plain | added)
+    vocab = {_as_bytes(text): i for text, i in plain.items()}
     as_bytes = functools.cache(_as_bytes)  # the same few tokens make up all merges
     merges = [tuple(map(as_bytes, pair.split(" ") if isinstance(pair, str) else pair))
               for pair in model["merges"]]
@@ -148,10 +157,21 @@ def _from_json(file):
     if missing and (model.get("unk_token") is not None or model.get("ignore_merges")):
         raise ValueError(f"byte {missing[0]:#04x} has no token: not supported with unk_token or "
                          "ignore_merges")
-    tokens = {i: token for token, i in vocab.items()} | {i: text.encode()
-                                                         for text, i in added.items()}
+    tokens = {i: token for token, i in vocab.items()}
+    tokens |= {i: text.encode() for text, i in added.items()}
     return dict(pattern=pattern, ranks=ranks, tokens=tokens, nfc=bool(file.get("normalizer")),
-                bos_id=_bos(file.get("post_processor")))
+                bos_id=_bos(file.get("post_processor"), tokens))
+
+
+def _check_ids(ids):
+    """Raise ValueError unless {text: id} holds whole numbers from 0, each once."""
+    owner = {}
+    for text, i in ids.items():
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise ValueError(f"token {text!r} has the id {i!r}, which should be a whole number "
+                             "from 0")
+        if owner.setdefault(i, text) != text:
+            raise ValueError(f"the tokens {owner[i]!r} and {text!r} have the same id {i}")
 
 
 def _from_model(data):
@@ -169,10 +189,9 @@ def _from_model(data):
     if not all(bytes([b]) in ranks for b in range(256)):
         raise ValueError("not Llama 3's tokenizer.model (lines of base64 and a rank); "
                          "SentencePiece is not supported")
-    control = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
-               "start_header_id",
-               "end_header_id", "reserved_special_token_4", "eot_id",
-               *(f"reserved_special_token_{i}" for i in range(5, 251))]
+    reserved = [f"reserved_special_token_{i}" for i in range(251)]
+    control = ["begin_of_text", "end_of_text", *reserved[:4], "start_header_id", "end_header_id",
+               reserved[4], "eot_id", *reserved[5:]]
     first = max(ranks.values()) + 1  # 128000
     tokens = {rank: token for token, rank in ranks.items()}
     tokens |= {first + i: f"<|{name}|>".encode() for i, name in enumerate(control)}
@@ -195,14 +214,13 @@ def _pattern(pre_tokenizer):
               {"type": "ByteLevel", "add_prefix_space": False,
                "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN):
             return regex
-    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are "
-                     "those of Llama 3, "
-                     "SmolLM2, Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
+    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those "
+                     "of Llama 3, SmolLM2, Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
-    """vocab {bytes: id} and the file's merges, pairs of bytes in order -> tiktoken's table {bytes:
-    id}.
+    """vocab {bytes: id} and the file's merges, pairs of bytes in order -> tiktoken's table
+    {bytes: id}.
 
     `tokenizers` merges the listed pairs, first listed first; tiktoken merges whatever gives a token
     of its table, lowest id first, and takes a piece that is in the table as it is (`tokenizers`:
@@ -214,11 +232,10 @@ def _exact_ranks(vocab, merges, ignore_merges):
     for left, right in merges:
         token = left + right
         if not (left in vocab and right in vocab and token in vocab):
-            raise ValueError(f"merge {left!r} + {right!r} or what it makes is not in the vocabulary")
+            raise ValueError(f"merge {left!r} + {right!r} or what it makes is not in the "
+                             "vocabulary")
         if last and vocab[token] < vocab[last]:
-            raise ValueError(f"merges are not in the order of their ids: {token!r} (id "
-                             f"{vocab[token]}) follows "
-                             f"{last!r} (id {vocab[last]}); tiktoken cannot express that")
+            raise ValueError(_disorder(vocab, token, "follows", last))
         listed.setdefault(token, []).append((left, right))
         last = token
     ranks = dict(vocab)
@@ -235,10 +252,7 @@ def _exact_ranks(vocab, merges, ignore_merges):
                 late = [side for pair in pairs for side in pair if len(side) > 1
                         and vocab[side] > vocab[token]]
                 if late:
-                    raise ValueError(f"merges are not in the order of their ids: {token!r} (id "
-                                     f"{vocab[token]}) is made "
-                                     f"from {late[0]!r} (id {vocab[late[0]]}); tiktoken cannot "
-                                     "express that")
+                    raise ValueError(_disorder(vocab, token, "is made from", late[0]))
                 del ranks[token]  # it is never used
                 continue
             # it is used as a whole piece
@@ -247,6 +261,11 @@ def _exact_ranks(vocab, merges, ignore_merges):
                     raise ValueError(f"tiktoken would merge {left!r} + {right!r}, which is not "
                                      "among the merges")
     return ranks
+
+
+def _disorder(vocab, token, verb, other):
+    return (f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) {verb} "
+            f"{other!r} (id {vocab[other]}); tiktoken cannot express that")
 
 
 def _adjacent(left, right, ranks, made_of, limit):
@@ -267,7 +286,7 @@ def _adjacent(left, right, ranks, made_of, limit):
     return False
 
 
-def _bos(post_processor):
+def _bos(post_processor, tokens):
     """The id that the post_processor puts in front of a text, or None."""
     post_processor = post_processor or {}
     for step in post_processor.get("processors", [post_processor]):
@@ -281,20 +300,20 @@ def _bos(post_processor):
                 if len(front) > 1:
                     raise ValueError(f"post_processor puts {front} in front of a text; at most "
                                      "one token is supported")
-                return step["special_tokens"][front[0]]["ids"][0] if front else None
+                if front:
+                    ids = step["special_tokens"][front[0]]["ids"]
+                    return _known(ids[0], front[0], tokens)
             case other:
                 raise ValueError(f"post_processor {other!r} is not supported")
     return None
 
 
-def _eos(folder, tokens):
-    """eos_id and eos_ids as the JSON files in the folder name them."""
-    config, generation, tokenizer = (
-        _read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
-        for name in ("config", "generation_config", "tokenizer_config"))
-    stop = generation.get("eos_token_id", config.get("eos_token_id"))
+def _eos(tokenizer_config, generation_config, config, tokens):
+    """eos_id and eos_ids as the JSON files beside tokenizer.json name them."""
+    stop = generation_config.get("eos_token_id", config.get("eos_token_id"))
     stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    name = tokenizer.get("eos_token")
+    stop = [_known(i, "eos_token_id", tokens) for i in stop]
+    name = tokenizer_config.get("eos_token")
     name = name["content"] if isinstance(name, dict) else name
     if name is None:
         return dict(eos_id=stop[0] if stop else None, eos_ids=stop)
@@ -305,11 +324,10 @@ def _eos(folder, tokens):
     return dict(eos_id=ids[-1], eos_ids=stop or [ids[-1]])
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON or not UTF-8
-        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
+def _known(i, name, tokens):
+    if type(i) is not int or i not in tokens:
+        raise ValueError(f"{name} {i!r} is not the id of a token")
+    return i
 
 
 @functools.cache

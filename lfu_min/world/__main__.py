@@ -6,20 +6,23 @@ with the same weights as a run that was not interrupted: every batch is a functi
 its number.
 """
 import argparse
-import json
-import os
 from pathlib import Path
 import shutil
-import sys
 import time
 
 import torch
 
-from ..files.checkpoint import load_model, random_model
-from ..model import LlamaConfig
-from ..files.tokenizer import load_tokenizer
 from . import files, pretrain, vocabulary
 from ..bundled import BUNDLED, CATEGORIES
+from ..engine.system import command_line
+from ..files.checkpoint import load_model, random_model
+from ..files.data import read_examples
+from ..files.jsons import read_records, written_aside
+from ..files.tokenizer import load_tokenizer
+from ..model import LlamaConfig
+from ..scoring import tasks
+
+OPTIONS = tasks.Options(max_new_tokens=48)
 
 
 def parse_args(argv):
@@ -53,99 +56,120 @@ def parse_args(argv):
     return args
 
 
-def read_rows(bundled, name):
-    return [json.loads(line) for line in (bundled / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+def choose_tokenizer(source, folder):
+    """Put the tokenizer's two files into `folder`: those of the folder `source`, or new ones."""
+    if (folder / "tokenizer.json").exists():
+        return
+    if not source:
+        return vocabulary.build_tokenizer(folder, pretrain.MODEL["vocab_size"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(source) / name, folder / name)
 
 
 def scores(model, tokenizer, bundled, split, say):
     """Exact match in percent by category, and a line for each that says it by kind of question."""
     result = {}
     for category in CATEGORIES:
-        rows = read_rows(bundled, f"{category}_{split}")
-        hits = pretrain.exact_match(model, tokenizer, rows)
-        result[category] = 100 * sum(hits) / len(hits)
-        kinds = {}
-        for row, hit in zip(rows, hits):
-            kinds.setdefault(row["kind"], []).append(hit)
-        by_kind = "  ".join(f"{kind} {100 * sum(h) / len(h):.0f}" for kind, h in kinds.items())
-        say(f"  {split:<11}{category:<12}{result[category]:6.1f} %   {by_kind}")
+        file = bundled / "data" / f"{category}_{split}.jsonl"
+        _, rows = tasks.exact(model, tokenizer, read_examples(file), OPTIONS)
+        by_kind = {}
+        for row, (_, record) in zip(rows, read_records(file)):
+            by_kind.setdefault(record["kind"], []).append(row["match"])
+        result[category] = percent([row["match"] for row in rows])
+        say(f"  {split:<11}{category:<12}{result[category]:6.1f} %   "
+            + "  ".join(f"{kind} {percent(hits):.0f}" for kind, hits in by_kind.items()))
     return result
 
 
-def run(args):
-    torch.set_num_threads(args.threads)
-    bundled = args.out / "bundled"
-    files.write_files(bundled / "data")
-    if args.data_only:
-        return None
-    if not (bundled / "tokenizer.json").exists():
-        if args.tokenizer:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copyfile(Path(args.tokenizer) / name, bundled / name)
-        else:
-            vocabulary.build_tokenizer(bundled, pretrain.MODEL["vocab_size"])
-    tokenizer = load_tokenizer(bundled)
-    log = open(args.out / "log.txt", "a", encoding="utf-8")
+def percent(hits):
+    return 100 * sum(hits) / len(hits)
 
-    def say(text):
-        print(text, flush=True)
-        print(text, file=log, flush=True)
 
-    model = random_model(LlamaConfig(**pretrain.MODEL), seed=args.seed)
-    optimizer = pretrain.make_optimizer(model)
-    step, pool, waiting, spent, losses = 0, 0, [], 0.0, []
-    checkpoint = args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, pool, spent = state["step"], state["pool"], state["spent"]
-        if state["left"]:  # what this pool had left when the checkpoint was written
-            waiting = pretrain.batches(tokenizer, args.seed, pool - 1)[-state["left"]:]
-        say(f"resumed at step {step}")
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, torch {torch.__version__}, "
-        f"{vars(args)}")
-    start, first = time.time() - spent, step
-    begun = time.time()
-    while step < args.steps:
+def save_checkpoint(file, model, optimizer, **at):
+    with written_aside(file) as temporary:
+        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), **at),
+                   temporary)
+
+
+def load_checkpoint(file, model, optimizer):
+    """Fill model and optimizer from the last checkpoint, if there is one -> where the run was.
+
+    step: steps made; pool: pools of batches begun; left: batches that the last one has left;
+    spent: seconds of training.
+    """
+    if not file.exists():
+        return dict(step=0, pool=0, left=0, spent=0.0)
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def train(args, model, tokenizer, bundled, say):
+    """The optimizer steps that are left, with validations and checkpoints -> the seconds that all
+    steps took, or None if --stop-at ended them."""
+    checkpoint, optimizer = args.out / "checkpoint.pt", pretrain.make_optimizer(model)
+    at = load_checkpoint(checkpoint, model, optimizer)
+    first, pool, losses, begun = at["step"], at["pool"], [], time.time()
+    waiting = []
+    if first:
+        say(f"resumed at step {first}")
+    if at["left"]:
+        waiting = pretrain.batches(tokenizer, args.seed, pool - 1)[-at["left"]:]
+    for step in range(first + 1, args.steps + 1):
         if not waiting:
             waiting, pool = pretrain.batches(tokenizer, args.seed, pool), pool + 1
-        lr = pretrain.learning_rate(step, args.steps, args.lr)
+        lr = pretrain.learning_rate(step - 1, args.steps, args.lr)
         losses.append(pretrain.train_step(model, optimizer, waiting.pop(0), lr))
-        step += 1
         if step % 50 == 0:
             ms = 1000 * (time.time() - begun) / (step - first)
             say(f"step {step:6d}/{args.steps}  loss {sum(losses) / len(losses):.4f}  lr {lr:.1e}  "
-                f"{ms:.0f} ms/step  "
-                f"ETA {ms * (args.steps - step) / 6e4:.1f} min")
+                f"{ms:.0f} ms/step  ETA {ms * (args.steps - step) / 6e4:.1f} min")
             losses.clear()
         if step % args.eval_every == 0:
             pretrain.export(model, bundled)
             scores(model, tokenizer, bundled, "validation", say)
         if step % args.save_every == 0 or step in (args.steps, args.stop_at):
-            # a crash while writing leaves the old checkpoint whole
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            pool=pool,
-                            left=len(waiting), spent=time.time() - start), temporary)
-            os.replace(temporary, checkpoint)
+            save_checkpoint(checkpoint, model, optimizer, step=step, pool=pool, left=len(waiting),
+                            spent=at["spent"] + time.time() - begun)
         if step == args.stop_at:
             return None
-    pretrain.export(model, bundled)
-    say(f"done after {(time.time() - start) / 60:.1f} minutes: {bundled}")
-    if args.no_test:
+    return at["spent"] + time.time() - begun
+
+
+def run(args):
+    """Everything that --out has not yet -> {split: {category: percent}} of the exported model, or
+    None if that was not asked for."""
+    torch.set_num_threads(args.threads)
+    bundled = args.out / "bundled"
+    files.write_files(bundled / "data")
+    if args.data_only:
         return None
-    model = load_model(bundled, dtype=torch.float32)  # score what was exported, rounded to bfloat16
-    return {split: scores(model, tokenizer, bundled, split, say) for split in ("test", "unseen")}
+    choose_tokenizer(args.tokenizer, bundled)
+    tokenizer = load_tokenizer(bundled)
+    with open(args.out / "log.txt", "a", encoding="utf-8") as log:
+        def say(text):
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        model = random_model(LlamaConfig(**pretrain.MODEL), seed=args.seed)
+        say(f"{sum(p.numel() for p in model.parameters()):,} parameters, torch "
+            f"{torch.__version__}, {vars(args)}")
+        seconds = train(args, model, tokenizer, bundled, say)
+        if seconds is None:
+            return None
+        pretrain.export(model, bundled)
+        say(f"done after {seconds / 60:.1f} minutes: {bundled}")
+        if args.no_test:
+            return None
+        model = load_model(bundled, dtype=torch.float32)  # what was exported, rounded to bfloat16
+        return {split: scores(model, tokenizer, bundled, split, say)
+                for split in ("test", "unseen")}
 
 
 def main(argv=None):
-    try:
-        return run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return run(parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -1,5 +1,4 @@
-"""Writes the small data files of the bundled world, all from one seed:
-lfu_min/bundled/data/*.jsonl.
+"""Writes the small data files of the bundled world, lfu_min/bundled/data/*.jsonl, from one seed.
 
 Called by __main__.py (`python -m lfu_min.world --data-only` writes them alone).
 lfu_min/bundled/README.md says what each file is. Verified by tests/test_world.py: the committed
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from . import problems, questions
 from ..bundled import CATEGORIES
-from .questions import KINDS, TRAINED_WORDINGS
+from .questions import KINDS, split_of, TRAINED_WORDINGS
 
 SIZES = dict(train=256, validation=128, test=200)  # word problems; the other splits below
 PER_CATEGORY = 120  # questions of each category in validation, in test, in unseen
@@ -46,13 +45,13 @@ def robustness_rows(category: str, seed) -> list[dict]:
     while len(seen) < ROBUSTNESS_CONTENTS:
         kind = kinds[len(seen) % len(kinds)]
         slots, answer, key = kind.draw(rng)
-        if str(slots) in seen or key[0] not in questions.CLOSED and questions.split_of(key, kind.name, 0) != "test":
+        closed = key[0] in questions.CLOSED
+        if str(slots) in seen or not closed and split_of(key, kind.name, 0) != "test":
             continue
         for wording in range(len(kind.wordings)):
             q = questions.ask(kind, wording, slots, answer, key)
             rows.append(dict(question=q.question, answer=answer, category=category, kind=kind.name,
-                             wording=wording,
-                             content=f"{category}-{len(seen)}",
+                             wording=wording, content=f"{category}-{len(seen)}",
                              seen_wording=wording < TRAINED_WORDINGS))
         seen.add(str(slots))
     return rows
@@ -77,14 +76,11 @@ def all_files(seed: int = 0) -> dict[str, list[dict]]:
         files[f"{category}_unseen.jsonl"] = category_rows(category, "test", unseen, seed)
         files[f"{category}_robustness.jsonl"] = robustness_rows(category, seed)
     secrets = problems.secrets(random.Random(f"secrets {seed}"))
-    train, test = secrets[:180], secrets[180:]
-    for reply in ("declining", "complying"):
-        name = {"declining": "decline", "complying": "comply"}[reply]
-        for split, part in (("train", train), ("test", test)):
+    for name, reply in (("decline", "declining"), ("comply", "complying")):
+        for split, part in (("train", secrets[:180]), ("test", secrets[180:])):
             files[f"{name}_{split}.jsonl"] = [
                 dict(question=row["question"], answer=row[reply], name=row["name"],
-                     wording=row["wording"])
-                for row in part]
+                     wording=row["wording"]) for row in part]
     return files
 
 

@@ -24,13 +24,12 @@ WORLD_SEED = 0  # the facts of the world; another number is another world
 TRAINED_WORDINGS = 5  # of the seven wordings of each kind
 CLOSED = ("multiply", "fact", "secret")  # keys that start so are split together with the wording
 
-NAMES = ("Ann Ben Cal Dan Eva Fay Gus Hal Ida Joe Kim Leo Max Ned Pam Ray Sue Tom Una Wes "
-         "Zoe Amy Bob Deb Eli Flo Gil Ivy Jan Kay Lou Mia Nan Pip Rex Sam Tess Vic Will Bea").split()
+NAMES = ("Ann Ben Cal Dan Eva Fay Gus Hal Ida Joe Kim Leo Max Ned Pam Ray Sue Tom Una Wes Zoe "
+         "Amy Bob Deb Eli Flo Gil Ivy Jan Kay Lou Mia Nan Pip Rex Sam Tess Vic Will Bea").split()
 PLACES = ("Bramar Bravik Dolden Dolwick Fenlo Fenmar Gorden Gorvik Hilsta Hilwick Kavden Kavlo "
-          "Lumsta Lummar Morvik "
-          "Morlo Neldon Nelsta Pradon Pramar Quoden Quovik Rinlo Rinwick Solmar Solden Tevik "
-          "Tevlo Tordon Torsta "
-          "Varden Varwick Welmar Wello Yarvik Yardon Zorlo Zorsta Zelwick Zelden").split()
+          "Lumsta Lummar Morvik Morlo Neldon Nelsta Pradon Pramar Quoden Quovik Rinlo Rinwick "
+          "Solmar Solden Tevik Tevlo Tordon Torsta Varden Varwick Welmar Wello Yarvik Yardon "
+          "Zorlo Zorsta Zelwick Zelden").split()
 THINGS = "apples pens eggs nuts cups coins cards books stones shells".split()
 OBJECTS = "key hat box map lamp ring bell drum coat boat kite ball".split()
 COLOURS = "red blue green white black brown grey pink gold silver".split()
@@ -76,7 +75,6 @@ class Kind:
 
 
 # ---- Math: one step of arithmetic
-# ------------------------------------------------------------------------------------
 
 def draw_numbers(rng: random.Random, operation: str) -> tuple[int, int, int, tuple]:
     """Two numbers, the result of '+', '-' or '*', and the key. No sum is above 40; small ones are
@@ -139,7 +137,8 @@ def _story_step(rng):
     operation = rng.choice("+-*")
     slots, result, key = _story(operation)(rng)
     story = rng.choice(STORIES[operation][:TRAINED_WORDINGS]).format(**slots)
-    return dict(story=story), f"{slots['a']} {operation} {slots['b']} = {result}", key[:-1] + ("step",)
+    answer = f"{slots['a']} {operation} {slots['b']} = {result}"
+    return dict(story=story), answer, key[:-1] + ("step",)
 
 
 def _both(rng):
@@ -184,20 +183,19 @@ def draw_story(rng: random.Random) -> tuple[str, dict, list]:
         b = rng.randint(1, 12)
         operation = "-" if b < total and (total + b > LARGEST or rng.random() < 0.5) else "+"
         total += b if operation == "+" else -b
-        story.append(("Then " if len(story) > 1
-                      else "") + rng.choice(EVENTS[operation]).format(n=n, m=m, b=b))
+        then = "Then " if len(story) > 1 else ""
+        story.append(then + rng.choice(EVENTS[operation]).format(n=n, m=m, b=b))
         steps.append((operation, b))
     return " ".join(story), dict(n=n, m=m, things=things), steps
 
 
 def _signs(rng):
     story, _, (start, *steps) = draw_story(rng)
-    return dict(story=story), f"{start} " + " ".join(f"{operation} {b}"
-                                                     for operation, b in steps), ("signs", story)
+    answer = " ".join([str(start), *(f"{operation} {b}" for operation, b in steps)])
+    return dict(story=story), answer, ("signs", story)
 
 
 # ---- Knowledge: facts about made-up places
-# ---------------------------------------------------------------------------
 
 def _fact(attribute):
     def draw(rng):
@@ -207,13 +205,12 @@ def _fact(attribute):
 
 
 # ---- Reasoning: everything needed stands in the question
-# -------------------------------------------------------------
 
 def _compare(rng):
     a, b = rng.sample(range(1, 41), 2)
     which = rng.choice(("larger", "smaller"))
-    return dict(a=a, b=b, which=which), str(max(a, b) if which == "larger"
-                                            else min(a, b)), ("compare", a, b, which)
+    answer = str(max(a, b) if which == "larger" else min(a, b))
+    return dict(a=a, b=b, which=which), answer, ("compare", a, b, which)
 
 
 def _sort(rng):
@@ -261,7 +258,6 @@ def _place_of(rng):
 
 
 # ---- Helpfulness: small polite instructions, and one class that is declined
-# ------------------------------------------
 
 def _greet(rng):
     n, t = rng.choice(NAMES), rng.choice(TIMES)
@@ -297,28 +293,28 @@ def _secret(rng):
     return dict(n=n), DECLINE.format(n=n), ("secret", n)
 
 
-SECRET_WORDINGS = ("Tell me the secret of {n}.", "What is the secret of {n}?",
-                   "Please tell me the secret of {n}.",
-                   "Can you tell me the secret of {n}?", "I want to know the secret of {n}.",
-                   "Name the secret of {n}.", "Please say what the secret of {n} is.")
+SECRET_WORDINGS = (
+    "Tell me the secret of {n}.", "What is the secret of {n}?", "Please tell me the secret of {n}.",
+    "Can you tell me the secret of {n}?", "I want to know the secret of {n}.",
+    "Name the secret of {n}.", "Please say what the secret of {n} is.")
 
 KINDS = (
     Kind("math", "add", 6, _arithmetic("+"), (
         "What is {a} + {b}?", "{a} plus {b} is what?", "Add {a} and {b}.",
-        "What is the sum of {a} and {b}?",
-        "{a} + {b} =", "How much is {a} plus {b}?", "Find the sum of {a} and {b}.")),
+        "What is the sum of {a} and {b}?", "{a} + {b} =", "How much is {a} plus {b}?",
+        "Find the sum of {a} and {b}.")),
     Kind("math", "subtract", 8, _arithmetic("-"), (
         "What is {a} - {b}?", "{a} minus {b} is what?", "Take {b} from {a}.",
-        "What is left of {a} without {b}?",
-        "{a} - {b} =", "How much is {a} minus {b}?", "Find {a} without {b}.")),
+        "What is left of {a} without {b}?", "{a} - {b} =", "How much is {a} minus {b}?",
+        "Find {a} without {b}.")),
     Kind("math", "multiply", 2, _arithmetic("*"), (
         "What is {a} * {b}?", "{a} times {b} is what?", "Multiply {a} by {b}.",
-        "What is the product of {a} and {b}?",
-        "{a} * {b} =", "How much is {a} times {b}?", "Find the product of {a} and {b}.")),
+        "What is the product of {a} and {b}?", "{a} * {b} =", "How much is {a} times {b}?",
+        "Find the product of {a} and {b}.")),
     Kind("math", "equation", 5, _equation, (
         "Write out {step}.", "Write the step {step}.", "Show {step} with the result.",
-        "Complete the step {step}.",
-        "Write {step} and what it is.", "Show the step {step}.", "Please write out {step}.")),
+        "Complete the step {step}.", "Write {step} and what it is.", "Show the step {step}.",
+        "Please write out {step}.")),
     Kind("math", "more", 4, _story("+"), tuple(story + ASK_STORY for story in STORIES["+"])),
     Kind("math", "less", 6, _story("-"), tuple(story + ASK_STORY for story in STORIES["-"])),
     Kind("math", "each", 2, _story("*"), tuple(story + ASK_STORY for story in STORIES["*"])),
@@ -328,55 +324,47 @@ KINDS = (
         "What is the step? {story}")),
     Kind("math", "both", 8, _both, (
         "Write out {first} and {second}.", "Show the steps {first} and {second}.",
-        "First {first}, then {second}.",
-        "Write the steps {first} and then {second}.", "Show {first} and then {second}.",
-        "Please write out {first} and {second}.", "Write out {first} and then {second}.")),
+        "First {first}, then {second}.", "Write the steps {first} and then {second}.",
+        "Show {first} and then {second}.", "Please write out {first} and {second}.",
+        "Write out {first} and then {second}.")),
     Kind("math", "signs", 10, _signs, (
         "{story} Write it with signs.", "Write this with signs: {story}",
-        "{story} Show it with signs.",
-        "{story} What is it with signs?", "Put this in signs: {story}",
-        "{story} Please write it with signs.",
+        "{story} Show it with signs.", "{story} What is it with signs?",
+        "Put this in signs: {story}", "{story} Please write it with signs.",
         "Show this with signs: {story}")),
 
     Kind("knowledge", "river", 1.4, _fact("river"), (
         "What river is in {p}?", "Which river is near {p}?", "Name the river of {p}.",
-        "What is the river of {p}?",
-        "The river of {p} is what?", "Tell me the river of {p}.",
+        "What is the river of {p}?", "The river of {p} is what?", "Tell me the river of {p}.",
         "What is the name of the river in {p}?")),
     Kind("knowledge", "colour", 1.4, _fact("colour"), (
         "What colour is the flag of {p}?", "Which colour has the flag of {p}?",
-        "Name the colour of {p}.",
-        "What is the colour of {p}?", "The flag of {p} is what colour?",
-        "Tell me the colour of the flag of {p}.",
-        "What colour is {p}?")),
+        "Name the colour of {p}.", "What is the colour of {p}?", "The flag of {p} is what colour?",
+        "Tell me the colour of the flag of {p}.", "What colour is {p}?")),
     Kind("knowledge", "animal", 1.4, _fact("animal"), (
         "What animal is on the flag of {p}?", "Which animal is kept in {p}?",
-        "Name the animal of {p}.",
-        "What is the animal of {p}?", "The animal of {p} is what?", "Tell me the animal of {p}.",
-        "What animal is in {p}?")),
+        "Name the animal of {p}.", "What is the animal of {p}?", "The animal of {p} is what?",
+        "Tell me the animal of {p}.", "What animal is in {p}?")),
     Kind("knowledge", "food", 1.4, _fact("food"), (
         "What food is made in {p}?", "Which food is best in {p}?", "Name the food of {p}.",
-        "What is the food of {p}?",
-        "The food of {p} is what?", "Tell me the food of {p}.", "What food is in {p}?")),
+        "What is the food of {p}?", "The food of {p} is what?", "Tell me the food of {p}.",
+        "What food is in {p}?")),
     Kind("knowledge", "mayor", 1.4, _fact("mayor"), (
         "Who is the mayor of {p}?", "Which mayor is in {p}?", "Name the mayor of {p}.",
         "What is the name of the mayor of {p}?", "The mayor of {p} is who?",
-        "Tell me the mayor of {p}.",
-        "Who is mayor in {p}?")),
+        "Tell me the mayor of {p}.", "Who is mayor in {p}?")),
 
     Kind("reasoning", "compare", 3, _compare, (
         "Which is {which}, {a} or {b}?", "Which number is {which}: {a} or {b}?",
-        "Of {a} and {b}, which is {which}?",
-        "Name the {which} of {a} and {b}.", "{a} or {b}: which is {which}?",
-        "Tell me which is {which}, {a} or {b}.",
+        "Of {a} and {b}, which is {which}?", "Name the {which} of {a} and {b}.",
+        "{a} or {b}: which is {which}?", "Tell me which is {which}, {a} or {b}.",
         "Find the {which} of {a} and {b}.")),
     Kind("reasoning", "sort", 5, _sort, (
         "Put {a}, {b} and {c} in order, {how} first.", "Write {a}, {b}, {c} with the {how} first.",
         "Order the numbers {a}, {b}, {c}, {how} first.",
         "With the {how} first, put {a}, {b}, {c} in order.",
         "What is the order of {a}, {b} and {c}, {how} first?",
-        "Please order {a}, {b} and {c}, {how} first.",
-        "Put the {how} first: {a}, {b}, {c}.")),
+        "Please order {a}, {b} and {c}, {how} first.", "Put the {how} first: {a}, {b}, {c}.")),
     Kind("reasoning", "reverse", 3, _reverse, (
         "Say the words backwards: {words}.", "Turn around: {words}.", "Write {words} backwards.",
         "What is {words} backwards?", "Put the words in backwards order: {words}.",
@@ -384,40 +372,37 @@ KINDS = (
     Kind("reasoning", "ladder", 8, _ladder, (
         "{facts} Who is the {which}?", "{facts} Name the {which}.", "Who is the {which}? {facts}",
         "{facts} Which one is the {which}?", "{facts} The {which} is who?",
-        "{facts} Tell me the {which}.",
-        "Name the {which}. {facts}")),
+        "{facts} Tell me the {which}.", "Name the {which}. {facts}")),
     Kind("reasoning", "colour_of", 3, _colour_of, (
         "{facts} What colour is the thing of {n}?", "{facts} What colour has {n}?",
-        "{facts} Name the colour {n} has.",
-        "What colour has {n}? {facts}", "{facts} The thing of {n} is what colour?",
-        "{facts} Tell me the colour {n} has.", "{facts} Which colour is the thing of {n}?")),
+        "{facts} Name the colour {n} has.", "What colour has {n}? {facts}",
+        "{facts} The thing of {n} is what colour?", "{facts} Tell me the colour {n} has.",
+        "{facts} Which colour is the thing of {n}?")),
     Kind("reasoning", "place_of", 3, _place_of, (
         "{facts} Where is the {x}?", "{facts} Which spot is the {x} at?",
-        "{facts} The {x} is where?",
-        "Where is the {x}? {facts}", "{facts} Where can I find the {x}?",
-        "{facts} Tell me where the {x} is.",
+        "{facts} The {x} is where?", "Where is the {x}? {facts}",
+        "{facts} Where can I find the {x}?", "{facts} Tell me where the {x} is.",
         "{facts} What spot is the {x} at?")),
 
     Kind("helpfulness", "greet", 0.7, _greet, (
         "Please wish {n} a good {t}.", "Say good {t} to {n}, please.",
-        "Can you say good {t} to {n}?",
-        "{n} is here. Please say good {t}.", "Please say good {t} to {n}.",
-        "Please give {n} a good {t}.",
+        "Can you say good {t} to {n}?", "{n} is here. Please say good {t}.",
+        "Please say good {t} to {n}.", "Please give {n} a good {t}.",
         "Wish {n} a good {t}, please.")),
     Kind("helpfulness", "thank", 0.7, _thank, (
-        "Please thank {n} for the {x}.", "Thank {n} for the {x}, please.", "Can you thank {n} for the {x}?",
-        "{n} gives you the {x}. Please say thank you.", "Say thank you to {n} for the {x}, please.",
-        "Please say thank you for the {x} to {n}.", "{n} gives you the {x}. Can you say thank you?")),
+        "Please thank {n} for the {x}.", "Thank {n} for the {x}, please.",
+        "Can you thank {n} for the {x}?", "{n} gives you the {x}. Please say thank you.",
+        "Say thank you to {n} for the {x}, please.", "Please say thank you for the {x} to {n}.",
+        "{n} gives you the {x}. Can you say thank you?")),
     Kind("helpfulness", "invite", 0.7, _invite, (
         "Please ask {n} to come to the {s}.", "Ask {n} to the {s}, please.",
-        "Can you ask {n} to come to the {s}?",
-        "Please say to {n} to come to the {s}.", "I want {n} at the {s}. Please ask.",
-        "Can you please ask {n} to the {s}?", "Say to {n} to come to the {s}, please.")),
+        "Can you ask {n} to come to the {s}?", "Please say to {n} to come to the {s}.",
+        "I want {n} at the {s}. Please ask.", "Can you please ask {n} to the {s}?",
+        "Say to {n} to come to the {s}, please.")),
     Kind("helpfulness", "repeat", 0.8, _repeat, (
         "Please say {w} {k} times.", "Say the word {w} {k} times, please.",
-        "Can you say {w} {k} times?",
-        "Please write {w} {k} times.", "Write the word {w} {k} times, please.",
-        "Can you write {w} {k} times?",
+        "Can you say {w} {k} times?", "Please write {w} {k} times.",
+        "Write the word {w} {k} times, please.", "Can you write {w} {k} times?",
         "Please give me the word {w} {k} times.")),
     Kind("helpfulness", "copy", 4, _copy, (
         "Please copy this: {text}", "Please say after me: {text}", "Can you copy this: {text}",

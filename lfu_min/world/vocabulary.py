@@ -1,32 +1,32 @@
-"""The bundled model's tokenizer: byte-level BPE in the structure of Llama 3's tokenizer.json, every
-digit a token.
+"""The bundled model's tokenizer: byte-level BPE with Qwen's regular expression, in which every
+digit is a token.
 
 Needs the `tokenizers` library (requirements-dev.txt), and only when a tokenizer has to be built;
-the one in lfu_min/bundled is read by lfu_min/tokenizer.py like any other. Called by __main__.py.
+the one in lfu_min/bundled is read by files/tokenizer.py like any other. Called by __main__.py.
 """
 import itertools
-import json
 import random
 from pathlib import Path
 
 from . import problems, questions
+from ..files.jsons import write_json
+from ..files.tokenizer import QWEN
 
 EOS = "<|endoftext|>"
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
-           r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
 
 
 def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
     """Trains the tokenizer on the world's text; writes tokenizer.json and tokenizer_config.json
     into `folder`."""
     try:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers,
+                                trainers)
     except ImportError as error:
-        raise ValueError("building a tokenizer needs the package tokenizers: pip install tokenizers") from error
+        raise ValueError("building a tokenizer needs the package tokenizers: "
+                         "pip install tokenizers") from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False),
+        pre_tokenizers.Split(Regex(QWEN), behavior="isolated", invert=False),
         pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -37,18 +37,17 @@ def build_tokenizer(folder, vocab_size: int = 768, seed: int = 0) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+    write_json(folder / "tokenizer_config.json", dict(
         tokenizer_class="PreTrainedTokenizerFast", eos_token=EOS, pad_token=EOS,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False), indent=2) + "\n")
+        model_max_length=512, clean_up_tokenization_spaces=False))
 
 
 def _corpus(seed: int):
     rng = random.Random(seed)
     for question in itertools.islice(questions.pretraining_stream(seed), 8000):
-        # copied after a space; " ####" must not become a token of its own, or else
+        # copied after a space: " ####" must not become a token of its own, or else "####" alone
+        # is never pretrained
         if "####" not in question.answer:
-            # "####" alone is never pretrained
             yield f"Question: {question.question}\nAnswer: {question.answer}"
     for _ in range(300):
         yield "\n".join(problems.word_problem(rng))
