@@ -4,6 +4,7 @@ starts. Runs the script's main() on the bundled model with a few examples; how g
 does not matter here.
 """
 import importlib.util
+import io
 import json
 import math
 import shutil
@@ -11,15 +12,18 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
-import eval as script
-from lfu_min.scoring import categories, pictures
-from lfu_min.scoring.measures import Result
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
+from lfu_min.scoring import categories, runs as models, tables
+from lfu_min.scoring.measures import Result
+from lfu_min.scoring.runs import Run
 from test_eval_robustness import contents, run  # noqa: F401  (run is a fixture)
+
+sys.path.insert(0, str(ROOT))
+import eval as script
+
+PROBLEMS = BUNDLED / "data" / "word_problems_test.jsonl"
 
 
 def recomputed(outputs, metric):
@@ -35,6 +39,19 @@ def picture(folder):
     return ["--plot", str(folder / "out.png")] if importlib.util.find_spec("matplotlib") else []
 
 
+def drawn(folder):
+    return not picture(folder) or all((folder / f"out.{kind}").stat().st_size > 8_000
+                                      for kind in ("png", "pdf"))
+
+
+def a_run_like(run, folder, **changes):
+    """A copy of a run folder with other settings."""
+    shutil.copytree(run, folder)
+    settings = json.loads((run / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
 def test_the_bundled_table_and_a_run_beside_its_base(run, tmp_path, capsys):
     files = contents(run)
     flat = script.main([str(run), "--limit", "3", "--max-new-tokens", "12", "--batch-size", "64",
@@ -48,11 +65,12 @@ def test_the_bundled_table_and_a_run_beside_its_base(run, tmp_path, capsys):
     outputs = {(e["run"], e["task"]): e["outputs"] for e in out["examples"]}
     for r in out["results"]:
         if (r["run"], r["task"]) in outputs:
-            assert r["value"] == pytest.approx(recomputed(outputs[r["run"], r["task"]],
-                                                          r["metric"])) and r["n"] == 3
+            expected = recomputed(outputs[r["run"], r["task"]], r["metric"])
+            assert r["value"] == pytest.approx(expected) and r["n"] == 3
+    assert [r["stderr"] for r in out["results"] if r["metric"] == "rank"] == [None, None]
     shown = capsys.readouterr().out
-    assert "word problems" in shown and "(LfU, lora): word problems" in shown and "±" in shown
-    assert not picture(tmp_path) or (tmp_path / "out.png").stat().st_size > 10_000
+    assert "word problems" in shown and "(LfU-lora): word problems" in shown and "±" in shown
+    assert drawn(tmp_path)
     assert contents(run) == files, "the run's files stay as they were"
 
 
@@ -61,86 +79,174 @@ def test_category_mean_and_ranks_by_hand():
     by_run = {"a": exact(math=0.9, knowledge=0.5, reasoning=0.2, helpfulness=0.1),
               "b": exact(math=0.8, knowledge=0.5, reasoning=0.3, helpfulness=0.1),
               "c": exact(math=0.7, knowledge=0.6, reasoning=0.1, helpfulness=0.1)}
+    mean = categories.mean_of(by_run["a"])
+    assert mean == ("category mean", "exact_match", pytest.approx(1.7 / 4), 0.05, 40)
     categories.add_ranks(by_run)
     # math 1 2 3, knowledge 2.5 2.5 1, reasoning 2 1 3, helpfulness 2 2 2
     assert [by_run[k][-1].value for k in "abc"] == [7.5 / 4, 7.5 / 4, 9 / 4]
 
 
+def test_the_verdict_by_hand():
+    """Two questions a category: base right in both; SFT keeps none, LfU one of two in math."""
+    none, one, both = ([dict(match=i < right) for i in range(2)] for right in range(3))
+    cats = dict.fromkeys(categories.CATEGORIES, none)
+    examples = {"base": dict.fromkeys(cats, both) | {"word problems": none},
+                "s": cats | {"word problems": both},
+                "l": cats | {"word problems": one, "math": one}}
+    runs = [Run("base"), Run("s", "s", dict(aux="none")), Run("l", "l", dict(aux="reps", lam=5.0))]
+    told = tables.verdict(examples, runs).splitlines()
+    assert told == [
+        "s (SFT): word problems +100.0 ± 0.0 points, other categories -100.0 ± 0.0",
+        "l (LfU-reps): word problems +50.0 ± 50.0 points, other categories -87.5 ± 12.5",
+        "LfU against SFT, means over 1 and 1 runs: word problems -50.0 points, other categories "
+        "+12.5: LfU forgets less, but learns less too: which is better depends on the exchange."]
+
+
+def test_digits_are_as_many_as_tell_numbers_apart():
+    shown = lambda metric, value, error: tables.shown(Result("t", metric, value, error, 9))
+    assert shown("acc", 0.12345, 0.02) == "12.3 ± 2.0"
+    assert shown("exact_match sd", 0.12345, math.nan) == "12.3"
+    assert shown("nll", 0.12345, 0.02) == "0.123 ± 0.020"
+    assert shown("cosine", 0.99123, 1e-4) == "0.9912 ± 0.0001"
+    assert shown("cosine - SFT", 1.234e-4, 2e-6) == "0.000123 ± 0.000002"
+
+
+# ---- over seeds
+
+def subject(name, **settings):
+    own = dict(aux="lora", lam=5.0, lr=1e-3, alpha=0.1, git_commit=name)
+    return Run(name, name, own | settings)
+
+
 def test_runs_that_differ_in_the_seed_alone_become_one_by_hand():
-    def subject(name, **settings):
-        return script.Subject(name, name, dict(aux="lora", lam=5.0, lr=1e-3, alpha=0.1) | settings)
-    subjects = [script.Subject("base"), subject("a", seed=1), subject("b", seed=2),
-                subject("c", seed=1, aux="none"),
-                subject("d", seed=1, alpha=0.3), subject("e", seed=3, lam=0)]
+    runs = [Run("base"), subject("a", seed=1), subject("b", seed=2),
+            subject("c", seed=1, aux="none"), subject("d", seed=1, alpha=0.3),
+            subject("e", seed=3, lam=0)]
     values = dict(base=0.1, a=0.2, b=0.4, c=0.7, d=0.6, e=0.9)
     by_run = {name: [Result("math", "exact_match", v, 0.01, 50)] for name, v in values.items()}
-    merged, seeds = script.over_seeds(by_run, subjects)
-    assert seeds == {"base": [None], "LfU lora alpha 0.1": [1, 2], "SFT lam 5.0": [1],
-                     "LfU lora alpha 0.3": [1], "SFT lam 0": [3]}
-    (r,), (alone,) = merged["LfU lora alpha 0.1"], merged["SFT lam 5.0"]
+    columns = models.by_seed(runs)
+    assert {name: [run.name for run in members] for name, members in columns.items()} == {
+        "base": ["base"], "LfU-lora alpha 0.1": ["a", "b"], "SFT lam 5.0": ["c"],
+        "LfU-lora alpha 0.3": ["d"], "SFT lam 0": ["e"]}
+    merged = tables.over_seeds(by_run, columns)
+    assert tables.text(merged, columns).splitlines()[-1] == (
+        "seeds: LfU-lora alpha 0.1 1, 2; SFT lam 5.0 1; LfU-lora alpha 0.3 1; SFT lam 0 3")
+    (r,), (alone,) = merged["LfU-lora alpha 0.1"], merged["SFT lam 5.0"]
     # sd of 0.2 and 0.4
     assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)
     assert (alone.value, alone.stderr, alone.n) == (0.7, 0.01, 50)
     assert by_run["a"] == [Result("math", "exact_match", 0.2, 0.01, 50)]
 
 
+def test_one_seed_is_not_counted_twice(run, tmp_path):
+    again = a_run_like(run, tmp_path / "again", git_commit="another")
+    with pytest.raises(ValueError, match="again are one setting with one seed, 7"):
+        script.main([str(run), str(again), "--over-seeds"])
+    assert list(models.by_seed([subject("a", seed=1), subject("b", seed=1, lr=2e-3)])) == [
+        "LfU-lora lr 0.001", "LfU-lora lr 0.002"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--attack", "--attack-steps", "0,2"], ["--wording"]],
                          ids=" ".join)
 def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    settings = json.loads((run / "settings.json").read_text())
-    (again / "settings.json").write_text(json.dumps(settings | {"seed": 7}))
+    again = a_run_like(run, tmp_path / "again", seed=8)
     flat = script.main([str(run), str(again), *flags, "--over-seeds", "--limit", "3",
                         "--max-new-tokens", "8", *picture(tmp_path)])
-    assert {r["run"] for r in flat} == {"base", "LfU lora"}
-    same = [r for r in flat if r["run"] == "LfU lora" and r["metric"] != "rank"]
+    assert {r["run"] for r in flat} == {"base", "LfU-lora"}
+    same = [r for r in flat if r["run"] == "LfU-lora" and r["metric"] != "rank"]
     # twice the same weights: no spread
     assert all(r["stderr"] == pytest.approx(0, abs=1e-12) for r in same)
-    assert f"seeds: LfU lora {settings['seed']}, 7" in capsys.readouterr().out
+    assert "seeds: LfU-lora 7, 8" in capsys.readouterr().out and drawn(tmp_path)
 
 
-@pytest.mark.parametrize("flag, tasks_, panel", [
-    (["--noise"], [f"layer {l}" for l in range(7)], "layers"),
-    (["--wording"], ["wording 0", "wording 6 (unseen)", "over wordings"], "wordings"),
-    (["--attack", "--attack-steps", "0,2"], ["attack, 0 steps", "attack, 2 steps"], "attack")])
-def test_robustness_flags_on_the_bundled_world(run, flag, tasks_, panel, tmp_path):
+# ---- other measures
+
+@pytest.mark.parametrize("flag, tasks_", [
+    (["--noise"], [f"layer {l}" for l in range(7)]),
+    (["--wording"], ["wording 0", "wording 6 (unseen)", "over wordings"]),
+    (["--attack", "--attack-steps", "0,2"], ["attack, 0 steps", "attack, 2 steps"])])
+def test_robustness_flags_on_the_bundled_world(run, flag, tasks_, tmp_path):
     flat = script.main([str(run), *flag, "--limit", "4", "--max-new-tokens", "8", "--batch-size",
-                        "64",
-                        "--json", str(tmp_path / "out.json"), *picture(tmp_path)])
-    assert set(tasks_) <= {r["task"] for r in flat} and {r["run"]
-                                                         for r in flat} == {"base", str(run)}
-    assert not picture(tmp_path) or (tmp_path / "out.png").stat().st_size > 10_000
+                        "64", "--json", str(tmp_path / "out.json"), *picture(tmp_path)])
+    assert set(tasks_) <= {r["task"] for r in flat}
+    assert {r["run"] for r in flat} == {"base", str(run)} and drawn(tmp_path)
     if flag == ["--noise"]:
         layer0 = [r["value"] for r in flat if r["task"] == "layer 0"]
         assert layer0[0] == layer0[1], "every run meets the same noise"
 
 
 def test_tasks_on_files_and_the_limit_that_is_said(tmp_path, capsys):
-    problems = BUNDLED / "data" / "word_problems_test.jsonl"
     (tmp_path / "text.txt").write_text("Ann has the key.\nBen has the box.\nWhat is 3 + 4?\n")
-    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    rows = [json.loads(line) for line in PROBLEMS.read_text().splitlines()]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows))
     (tmp_path / "lambada.jsonl").write_text('{"text": "Ann has the key"}\n')
-    flat = script.main(["--task", f"gsm8k={tmp_path / 'many.jsonl'}", "--max-new-tokens", "1",
-                        "--batch-size", "200",
-                        "--task", f"perplexity={tmp_path / 'text.txt'}", "--task",
-                        f"nll={tmp_path / 'many.jsonl'}",
-                        "--task", f"lambada={tmp_path / 'lambada.jsonl'}"])
+    files = dict(gsm8k="many.jsonl", perplexity="text.txt", nll="many.jsonl",
+                 lambada="lambada.jsonl")
+    flags = [f"--task={kind}={tmp_path / file}" for kind, file in files.items()]
+    flat = script.main([*flags, "--max-new-tokens", "1", "--batch-size", "200"])
     shown = capsys.readouterr().out
     n = {(r["task"], r["metric"]): r["n"] for r in flat}
     assert n["gsm8k", "strict-match"] == 200 and "the first 200 of 400" in shown
-    assert n["nll", "nll"] == 400 and n["lambada",
-                                        "acc"] == 1 and n["perplexity", "bits_per_byte"] > 10
+    assert n["nll", "nll"] == 400 and n["lambada", "acc"] == 1
+    assert n["perplexity", "bits_per_byte"] > 10
     one_line = script.main(["--task", f"perplexity={tmp_path / 'text.txt'}", "--limit", "1"])
     assert one_line[0]["n"] < n["perplexity", "bits_per_byte"] / 2
+
+
+def test_files_of_one_name_are_two_columns_of_the_results(tmp_path):
+    for folder, text in (("a", "Ann has the key"), ("b", "Ben has the red box")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.jsonl").write_text(json.dumps(dict(text=text)) + "\n")
+    files = [f"{tmp_path}/{folder}/text.jsonl" for folder in "ab"]
+    flags = [f"--task={kind}={file}" for kind, file in (
+        ("lambada", files[0]), ("lambada", files[1]), ("lambada", files[1]),
+        ("perplexity", files[0]))]
+    flat = script.main([*flags, "--json", str(tmp_path / "out.json")])
+    labels = [f"lambada {file}" for file in files]
+    assert [r["task"] for r in flat if r["metric"] == "acc"] == labels
+    assert {r["task"] for r in flat} == {*labels, "perplexity"}
+    outputs = json.loads((tmp_path / "out.json").read_text())["examples"]
+    assert [e["outputs"][0]["target"] for e in outputs[:2]] == ["key", "box"]
+
+
+def test_every_run_is_asked_under_its_own_template(run, tmp_path, capsys, monkeypatch):
+    other = a_run_like(run, tmp_path / "other", template="alpaca")
+    seen = []
+    encode = script.data.prompt_ids
+    monkeypatch.setattr(script.data, "prompt_ids", lambda tokenizer, prompt, template="plain":
+                        seen.append(template) or encode(tokenizer, prompt, template))
+
+    def templates(*flags):
+        seen.clear()
+        script.main([*flags, f"--task=exact={PROBLEMS}", "--limit", "1", "--max-new-tokens", "1"])
+        return seen
+
+    assert templates(str(run), str(other)) == ["plain", "plain", "alpaca"]
+    assert "template alpaca, plain" in capsys.readouterr().out
+    assert templates(str(other), str(run)) == ["alpaca", "alpaca", "plain"]
+    assert templates(str(run), str(other), "--template", "alpaca") == ["alpaca"] * 3
+    assert templates() == ["plain"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "bundled world: prompt [01]: the model's logits"),
+    (["--noise"], "noise: layer 6, example 1: cosine is nan"),
+    (["--task", f"nll={PROBLEMS}"], "nll: nll, example 1: nll is nan"),
+    (["--task", f"gsm8k={PROBLEMS}"], "gsm8k: prompt [01]: the model's logits")])
+def test_a_model_that_gives_nan_gets_no_scores(run, flags, words, monkeypatch):
+    def overflowing(model, folder, load=models.load_adapter):
+        load(model, folder).model.layers[5].mlp.down_proj.lora_B.data[0] = float("nan")
+        return model
+    monkeypatch.setattr(models, "load_adapter", overflowing)
+    with pytest.raises(ValueError, match=f"^{run}, {words}"):
+        script.main([str(run), *flags, "--limit", "2", "--max-new-tokens", "2"])
 
 
 def test_answers_side_by_side(run, capsys, monkeypatch):
     shown = script.main([str(run), "--prompt", "What is 3 + 4?", "--max-new-tokens", "5",
                          "--temperature", "0"])
     assert shown[0][0] == "What is 3 + 4?" and set(shown[0][1]) == {"base", str(run)}
-    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("What is 3 + 4?\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 3 + 4?\n\n"))
     capsys.readouterr()
     script.main([str(run), "--chat", "--max-new-tokens", "5", "--temperature", "0"])
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -149,15 +255,11 @@ def test_answers_side_by_side(run, capsys, monkeypatch):
                                                    if shown[0][1]["base"] else [])
 
 
-def test_curves_of_a_run(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-dev.txt)")
-    script.main([str(run), "--curves", "--plot", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
 def test_two_runs_of_one_name_are_told_apart():
-    assert pictures.short_names(["a/x", "b/x", "c/y"]) == {"a/x": "a/x", "b/x": "b/x", "c/y": "y"}
+    assert models.short_names(["a/x", "b/x", "c/y"]) == {"a/x": "a/x", "b/x": "b/x", "c/y": "y"}
 
+
+# ---- what is refused
 
 @pytest.mark.parametrize("arguments, words", [
     (["no/such/run"], "no/such/run is not a folder"),
@@ -172,31 +274,47 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--task", "exact={problems}", "--few-shot", "2"], "exact asks as in training"),
     (["--task", "gsm8k={problems}", "--few-shot", "200"], "few-shot 200"),
     (["--limit", "0"], "--limit 0"),
+    (["--limit", "x"], "--limit"),
     (["--stride", "2000", "--task", "perplexity={problems}"], "stride 2000"),
     (["--attack", "--attack-steps", "0,x"], "--attack-steps"),
     (["--attack", "--attack-data", "{problems}"], "TRAIN,TEST"),
     (["--prompt", "a", "--top-p", "0"], "--top-p 0"),
     (["--json", "{tmp}/no/folder.json"], "does not exist"),
+    (["--json", "{tmp}"], "is a folder"),
+    (["--json", "/dev/null"], "no regular file"),
     (["--plot", "{tmp}/picture.jpg"], "end in .png"),
-    (["--curves"], "--curves needs"),
+    (["--plot", "{tmp}/no/picture.png"], "does not exist"),
     (["--device", "tpu"], "device 'tpu'")])
 def test_bad_input_is_one_line_and_exit_2(arguments, words, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{\n')
     (tmp_path / "latin.txt").write_bytes("café au lait".encode("latin-1"))
-    places = dict(tmp=tmp_path, problems=BUNDLED / "data" / "word_problems_test.jsonl")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["eval.py", *[a.format(**places) for a in arguments]])
+    filled = [a.format(tmp=tmp_path, problems=PROBLEMS) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *filled])
     with pytest.raises(SystemExit) as exit_:
         script.system.command_line(script.main)
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert exit_.value.code == 2 and words in error
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
+    def no_measure(*arguments):
+        raise AssertionError("a model was loaded")
+    monkeypatch.setattr(script.models, "load_model", no_measure)
+    (tmp_path / "out.json").write_text("{}")
+    for closed in (tmp_path, tmp_path / "out.json"):  # as root every file can be written: pretend
+        monkeypatch.setattr(tables.os, "access", lambda path, mode: path != closed)
+        with pytest.raises(ValueError, match="out.json cannot be written"):
+            script.main(["--json", str(tmp_path / "out.json")])
 
 
 def test_runs_of_different_models_are_not_mixed(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path="/some/where/else")))
+    config = dict(base_model_name_or_path="/some/where/else")
+    (other / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="separate calls"):
         script.main([str(run), str(other)])
 

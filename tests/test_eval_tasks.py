@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from conftest import quiet_transformers, tiny_model, transformers_twin
-from lfu_min.scoring import measures, tasks
 from lfu_min.bundled import BUNDLED
+from lfu_min.engine.passes import make_batch
 from lfu_min.engine.system import ROOT
+from lfu_min.files import data
 from lfu_min.files.tokenizer import load_tokenizer
+from lfu_min.lfu import sft_step
+from lfu_min.scoring import measures, tasks
 
 BAD = tasks.INVALID
 # reply, strict, flexible: what the harness's two filters take from it, before normalisation; worked
@@ -75,11 +78,11 @@ ANSWERS = [
 # given, gold, equal after normalisation
 NORMALISED = [
     ("18", "so\n#### 18", True), ("18.", "#### 18", True), ("$18", "#### 18", True),
-    ("1,000", "#### 1000", True),
-    ("1000", "#### 1,000", True), ("$1,000.", "#### 1000", True), ("#### 18", "#### 18", True),
+    ("1,000", "#### 1000", True), ("1000", "#### 1,000", True), ("$1,000.", "#### 1000", True),
+    ("#### 18", "#### 18", True),
     ("18.00", "#### 18", False), ("72.0", "#### 72", False), ("-18", "#### 18", False),
-    (BAD, "#### 18", False),
-    ("18..", "#### 18", False), ("...", "#### 18", False), ("018", "#### 18", False),
+    (BAD, "#### 18", False), ("18..", "#### 18", False), ("...", "#### 18", False),
+    ("018", "#### 18", False),
 ]
 
 
@@ -105,14 +108,14 @@ def test_there_are_enough_hand_made_answers_and_they_would_catch_a_swapped_choic
 
 PIQA = [dict(goal="add 2 and 3", sol1="5", sol2="it is a dog "),
         dict(goal="name an animal", sol1="red apples", sol2="fox")]
-ARC = [dict(question=dict(stem="Which is blue?", choices=[dict(text=t, label=l) for t, l in zip(
-            ("the key", "the sky", "bread"), "ABC")]), answerKey="B"),
-       dict(question="What is 1 + 1?", choices=dict(text=["2", "3", "4", "10"],
-                                                    label=list("1234")), answerKey="1")]
+COLOURS = [dict(text="the key", label="A"), dict(text="the sky", label="B"),
+           dict(text="bread", label="C")]
+ARC = [dict(question=dict(stem="Which is blue?", choices=COLOURS), answerKey="B"),
+       dict(question="What is 1 + 1?", answerKey="1",
+            choices=dict(text=["2", "3", "4", "10"], label=list("1234")))]
+ENDINGS = ["eats [step] it.", "flies  away.", "sells the   house.", " sings"]
 HELLASWAG = [dict(activity_label="Baking", ctx_a="A man [header] bakes [title] bread.",
-                  ctx_b="then HE",
-                  endings=["eats [step] it.", "flies  away.", "sells the   house.", " sings"],
-                  label="2")]
+                  ctx_b="then HE", endings=ENDINGS, label="2")]
 LAMBADA = [dict(text="Ann has the key and gives the key"),
            dict(text="The dog and the cat see the dog .")]
 
@@ -140,9 +143,8 @@ def test_prompts_and_choices_are_the_harnesss(docs):
     assert docs["arc"][1].gold == 0 and docs["arc"][1].choices[3] == "10"
     # "[header]" goes, " [title]" is ". ", "  " is " "
     prompt = "Baking: A man bakes. bread. Then he"
-    assert docs["hellaswag"][0] == tasks.Doc(prompt, "sells the  house.",
-                                             ("eats it.", "flies away.",
-                                                                          "sells the  house.", "sings"), 2)
+    endings = ("eats it.", "flies away.", "sells the  house.", "sings")
+    assert docs["hellaswag"][0] == tasks.Doc(prompt, "sells the  house.", endings, 2)
     assert docs["lambada"][1] == tasks.Doc("The dog and the cat see the dog", ".")
 
 
@@ -153,7 +155,8 @@ def test_prompts_and_choices_are_the_harnesss(docs):
     ("arc", [dict(ARC[0], answerKey="E")], None, "answerKey 'E'"),
     ("lambada", [dict(text="ends in a blank ")], None, "no last word"),
     ("gsm8k", [dict(question="a", answer="5")], None, "####"),
-    ("lambada", [], None, "no example"), ("perplexity", [], None, "no text")])
+    ("arc", [dict(question="a", answerKey="A", choices=[])], None, "text and label"),
+    ("lambada", [], None, "is empty"), ("perplexity", [], None, "no text")])
 def test_a_file_that_does_not_fit_is_named(name, rows, labels, words, tmp_path):
     path = written(tmp_path / "file.jsonl", rows)
     if labels is not None:
@@ -163,7 +166,6 @@ def test_a_file_that_does_not_fit_is_named(name, rows, labels, words, tmp_path):
 
 
 # ---- parity with transformers
-# ----------------------------------------------------------------------------------------
 
 class Theirs:
     """The harness's definitions, spelled out with transformers' model and tokenizer, without
@@ -180,9 +182,8 @@ class Theirs:
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
-        whole, ctx = self.tokenizer(context
-                                    + continuation)["input_ids"], self.tokenizer(context)["input_ids"]
-        cont = whole[len(ctx):]
+        ctx = self.tokenizer(context)["input_ids"]
+        cont = self.tokenizer(context + continuation)["input_ids"][len(ctx):]
         ids = (ctx + cont)[-(self.limit + 1):]
         p = self.logits(ids[:-1]).log_softmax(-1)[-len(cont):]
         return p.gather(1, torch.tensor(cont)[:, None]).sum().item(), p.argmax(-1).tolist() == cont
@@ -231,8 +232,22 @@ def tiny():
 def test_multiple_choice_equals_transformers(tiny, docs, name):
     model, tokenizer, theirs = tiny
     check_choice(theirs, model, tokenizer, docs[name], batch_size=3)
-    chars, ours = len(docs[name][0].choices[0]), tasks.choice(model, tokenizer, docs[name], tasks.Options(), name)[1][0]
-    assert chars == len(ours["choices"][0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_log_likelihood_that_is_no_number_is_no_wrong_answer(tiny, docs, bad, monkeypatch):
+    """NaN and inf are refused by name, wherever they stand among the choices."""
+    model, tokenizer, _ = tiny
+    for place in range(5):
+        def scored(model, tokenizer, pairs, *rest):
+            return [(bad if k == place else -1.0, True) for k in range(len(pairs))]
+        monkeypatch.setattr(tasks, "score", scored)
+        where = 1 if place < 3 else 2  # the first question has three choices
+        with pytest.raises(ValueError, match=f"^arc, example {where}: acc is nan"):
+            tasks.choice(model, tokenizer, docs["arc"], tasks.Options(), "arc")
+    with pytest.raises(ValueError, match="^lambada, example 1: perplexity is "):
+        monkeypatch.setattr(tasks, "score", lambda *arguments: [(bad, True), (-1.0, True)])
+        tasks.last_word(model, tokenizer, docs["lambada"], tasks.Options())
 
 
 def test_last_word_equals_transformers(tiny, docs):
@@ -259,8 +274,8 @@ def test_the_split_at_the_context_and_the_empty_context(tiny):
     tokenizer = tiny[1]
     context, continuation = measures.split_continuation(tokenizer, "What is 3 + 4?  ", "x")
     assert context == tokenizer.encode("What is 3 + 4?") and tokenizer.decode(continuation) == "  x"
-    assert measures.split_continuation(tokenizer, "",
-                                       " key") == ([tokenizer.eos_id], tokenizer.encode(" key"))
+    empty = measures.split_continuation(tokenizer, "", " key")
+    assert empty == ([tokenizer.eos_id], tokenizer.encode(" key"))
     # one token may span the border
     pieces = measures.split_continuation(tokenizer, "the mar", "ket")
     assert pieces[1] == tokenizer.encode("the market")[len(tokenizer.encode("the mar")):]
@@ -272,8 +287,9 @@ def test_gsm8k_equals_transformers_with_shots_and_stops_at_question(tiny):
     options = tasks.Options(few_shot=1, max_new_tokens=24, batch_size=2)
     _, rows = tasks.gsm8k(model, tokenizer, docs, options)
     for row, doc in zip(rows, docs):
-        assert row["prompt"].endswith(f"\n\nQuestion: {doc.prompt}\nAnswer:") and row["prompt"].count("Question:") == 2
-        assert doc.answer not in row["prompt"] and row["reply"] == theirs.generate(row["prompt"], 24)
+        assert row["prompt"].endswith(f"\n\nQuestion: {doc.prompt}\nAnswer:")
+        assert row["prompt"].count("Question:") == 2 and doc.target not in row["prompt"]
+        assert row["reply"] == theirs.generate(row["prompt"], 24)
         assert row["strict"] == tasks.strict_answer(row["reply"])
     again = tasks.gsm8k(model, tokenizer, docs, options)[1]
     assert again == rows, "the shots are a function of the seed"
@@ -281,13 +297,12 @@ def test_gsm8k_equals_transformers_with_shots_and_stops_at_question(tiny):
 
 def test_shots_are_never_the_question_itself():
     docs = [tasks.Doc(f"q{i}", f"a{i}") for i in range(5)]
-    prompt = lambda i, seed: tasks.with_shots(docs, i, tasks.Options(few_shot=4, seed=seed),
-                                              lambda d: d.prompt,
-                                              lambda d: d.target)
-    for i in range(5):
-        parts = prompt(i, 0).split("\n\n")
-        assert parts[-1] == f"q{i}" and sorted(parts[:-1]) == [f"q{j} a{j}" for j in range(5) if j != i]
-    assert prompt(0, 0) == prompt(0, 0) and len({prompt(0, seed) for seed in range(9)}) > 1
+    prompts = lambda seed: tasks.with_shots(docs, tasks.Options(few_shot=4, seed=seed))
+    for i, prompt in enumerate(prompts(0)):
+        *shots, asked = prompt.split("\n\n")
+        assert asked == f"q{i}" and sorted(shots) == [f"q{j} a{j}" for j in range(5) if j != i]
+    assert prompts(0) == prompts(0) and len({prompts(seed)[0] for seed in range(9)}) > 1
+    assert tasks.with_shots(docs, tasks.Options(), 2, "Ask {question}") == ["Ask q0", "Ask q1"]
 
 
 def test_standard_errors_by_hand():
@@ -296,33 +311,36 @@ def test_standard_errors_by_hand():
     assert math.isnan(measures.mean_result("t", "acc", [1]).stderr)
     r = measures.ratio_result("t", "nll", [2.0, 3.0, 7.0], [1, 2, 3])  # 12 / 6; residuals 0, -1, 1
     assert r == ("t", "nll", pytest.approx(2.0), pytest.approx(math.sqrt(2 * 3 / 2) / 6), 3)
+    assert measures.mean_sd([0.2, 0.4]) == (pytest.approx(0.3), pytest.approx(0.02 ** 0.5), 2)
+    alone = measures.mean_sd([0.2])
+    assert alone[0] == 0.2 and math.isnan(alone[1]) and alone[2] == 1
+    for measure in (measures.mean_result, lambda *a: measures.ratio_result(*a, [1, 1])):
+        with pytest.raises(ValueError, match="t, example 2: nll is inf"):
+            measure("t", "nll", [1.0, math.inf])
 
 
 def test_a_reply_ends_before_a_stop_string_that_spans_tokens(tiny, monkeypatch):
     tokenizer = tiny[1]
     ids = tokenizer.encode(" 7\nQuestion: What is 1 + 1?")
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, new, stop, finished, **_: [
+    monkeypatch.setattr(measures, "generate", lambda model, prompts, new, stop, finished, **_: [
         ids[:next(k for k in range(1, len(ids) + 1) if finished(ids[:k]))]])
     assert measures.reply(None, tokenizer, [[1]], 99, ("Question:",)) == [" 7\n"]
 
 
 def test_nll_is_the_training_loss_of_the_file(tiny):
-    """Against lfu_backward's sft: the same tokens, EOS included, the same mean."""
-    from lfu_min import lfu_backward
-    from lfu_min.files import data
+    """Against sft_step's loss: the same tokens, EOS included, the same mean."""
     model, tokenizer, _ = tiny
     examples = data.read_examples(BUNDLED / "data" / "word_problems_test.jsonl")[:6]
     for template in data.TEMPLATES:
         (found,), rows = tasks.nll(model, tokenizer, examples,
                                    tasks.Options(template=template, batch_size=4))
         encoded = [data.encode_example(tokenizer, e, template) for e in examples]
-        model.requires_grad_(True)
-        sft = lfu_backward(model, *data.collate(encoded, tokenizer.eos_id),
-                           aux="none")["sft"].item()
+        batch = make_batch(*data.collate(encoded, tokenizer.eos_id))
+        sft = sft_step(model.requires_grad_(True), batch)["sft"].item()
         model.zero_grad()
         assert found.value == pytest.approx(sft, rel=1e-5)
-        assert found.value == pytest.approx(sum(r["nats"]
-                                                for r in rows) / sum(r["tokens"] for r in rows))
+        nats, tokens = (sum(row[key] for row in rows) for key in ("nats", "tokens"))
+        assert found.value == pytest.approx(nats / tokens)
 
 
 # ---- perplexity
@@ -347,8 +365,8 @@ def test_perplexity_equals_a_full_context_computation_where_the_text_fits(tiny, 
                                    tasks.Options())
     ids = theirs.tokenizer(text)["input_ids"]
     assert len(ids) < 256
-    nats = -theirs.logits(ids[:-1]).log_softmax(-1).gather(1,
-                                                           torch.tensor(ids[1:])[:, None]).sum().item()
+    p = theirs.logits(ids[:-1]).log_softmax(-1)
+    nats = -p.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
     assert found[0].n == len(ids) - 1
     assert found[0].value == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert found[1].value == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
@@ -374,7 +392,6 @@ def test_windowed_perplexity_equals_windows_cut_by_hand(tiny):
 
 
 # ---- real weights, real files
-# ----------------------------------------------------------------------------------------
 
 def harness_gsm8k(theirs, line):
     """One line of the file: a greedy reply of up to 256 tokens, the two regex filters of the
@@ -435,15 +452,15 @@ def test_smollm2_on_real_files_equals_transformers(name, tmp_path):
     sys.path.insert(0, str(ROOT))
     from eval import main
     n = int(os.environ.get("LFU_EXAMPLES", {"gsm8k": 4, "piqa": 16, "perplexity": 6}[name]))
-    theirs = Theirs(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
-                    transformers.AutoTokenizer.from_pretrained(path), 8192)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    theirs = Theirs(twin, transformers.AutoTokenizer.from_pretrained(path), 8192)
 
     def ours(file, *flags):
         results = main(["--model", path, "--task", f"{name}={file}", "--device", "cpu", "--json",
                         str(tmp_path / "out.json"), *flags])
         [example] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["examples"]
-        return {r["metric"]: r["value"] for r in results}, {r["n"]
-                                                            for r in results}, example["outputs"]
+        values = {r["metric"]: r["value"] for r in results}
+        return values, {r["n"] for r in results}, example["outputs"]
 
     def lines(file):
         return (folder / file).read_text(encoding="utf-8").split("\n")[:n]

@@ -15,7 +15,7 @@ from conftest import quiet_transformers, tiny_model, transformers_twin
 from lfu_min.files.checkpoint import load_model
 from lfu_min.scoring.generate import choose, generate
 
-module = sys.modules["lfu_min.scoring.generate"]  # the package's attribute of that name is the function
+module = sys.modules["lfu_min.scoring.generate"]  # not the function of that name
 LENGTHS = (1, 7, 30, 12, 30, 3)
 
 
@@ -32,8 +32,7 @@ def theirs_one_by_one(twin, prompts, new, stop_ids=()):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             out = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-                                do_sample=False,
-                                eos_token_id=list(stop_ids) or None,
+                                do_sample=False, eos_token_id=list(stop_ids) or None,
                                 pad_token_id=0)[0, len(prompt):].tolist()
         ends = [i for i, token in enumerate(out) if token in stop_ids]
         results.append(out[:ends[0]] if ends else out)
@@ -55,7 +54,7 @@ def test_the_batch_equals_transformers_on_each_prompt_alone(pair):
     expected = theirs_one_by_one(twin, some_prompts(), 40)
     assert generate(model, some_prompts(), 40) == expected
     assert generate(model, some_prompts(), 40, batch_size=2) == expected
-    assert len({tuple(row) for row in expected}) == len(LENGTHS), "the rows should differ, or order is not tested"
+    assert len(set(map(tuple, expected))) == len(LENGTHS), "rows that differ, to test their order"
 
 
 def test_a_stop_id_ends_its_row_alone_and_is_not_part_of_the_result(pair):
@@ -90,8 +89,8 @@ def test_the_models_state_and_the_prompts_are_left_alone():
     progress = []
     generate(model, prompts, 5, batch_size=4,
              on_progress=lambda done, total: progress.append((done, total)))
-    assert prompts == some_prompts() and all(torch.equal(p, before[n])
-                                             for n, p in model.state_dict().items())
+    assert prompts == some_prompts()
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert progress == [(4, 6), (6, 6)]
     assert generate(model, [], 5) == [] and generate(model, prompts, 0) == [[]] * len(prompts)
 
@@ -105,20 +104,33 @@ def test_sampling_follows_the_probabilities_inside_the_nucleus_and_repeats_with_
     hot, cold = (torch.bincount(draw(t, 1.0), minlength=4)[2] for t in (5.0, 0.2))
     assert hot > 4000 * 0.15 and cold == 0
     again = [generate(tiny_model(), some_prompts(), 9, temperature=1.0,
-                      generator=torch.Generator().manual_seed(s))
-             for s in (1, 1, 2)]
+                      generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
 
 
 @pytest.mark.parametrize("arguments, words", [
     (([[1], []], 5), "prompt 1"), (([[97]], 5), "0-96"), (([[-1]], 5), "0-96"),
-    (([[1] * 257], 5), "256"),
-    (([[1]], -1), "max_new_tokens = -1")])
+    (([[1] * 257], 5), "256"), (([[1]], -1), "max_new_tokens = -1")])
 def test_unusable_input_is_refused_by_name(arguments, words):
     with pytest.raises(ValueError, match=words):
         generate(tiny_model(), *arguments)
     with pytest.raises(ValueError, match="top_p"):
         generate(tiny_model(), [[1]], 1, top_p=0.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_gives_nan_or_inf_gives_no_tokens(bad):
+    """argmax would take a NaN for the likeliest token. Here the second step meets it."""
+    model = tiny_model()
+    [first, _], = generate(model, [[3]], 2)
+    assert first != 3
+    with torch.no_grad():
+        model.model.embed_tokens.weight[first] = bad
+    assert generate(model, [[3]], 1) == [[first]]
+    for temperature in (0.0, 1e-6):
+        with pytest.raises(ValueError, match="prompt 1: the model's logits are NaN or infinite"):
+            generate(model, [[4], [3]], 2, stop_ids=generate(model, [[4]], 1)[0],
+                     temperature=temperature)
 
 
 @pytest.mark.parametrize("mistake", ["positions count the padding", "the mask shows the padding"])
@@ -142,13 +154,12 @@ def test_smollm2_equals_transformers_and_is_as_fast():
     from lfu_min.files.tokenizer import load_tokenizer
     tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32)
     twin = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    bags = "Tom has 3 bags with 4 apples in each and eats 2. How many are left?"
     texts = ["Question: What is 3 + 4?\nAnswer:", "The capital of France is",
-             "Question: Tom has 3 bags with 4 apples in each and eats 2. How many are "
-             "left?\nAnswer:",
-             "Once upon a time"]
+             f"Question: {bags}\nAnswer:", "Once upon a time"]
     prompts = [tokenizer.encode(text) for text in texts]
-    assert generate(model, prompts, 48,
-                    tokenizer.eos_ids) == theirs_one_by_one(twin, prompts, 48, tokenizer.eos_ids)
+    ours = generate(model, prompts, 48, tokenizer.eos_ids)
+    assert ours == theirs_one_by_one(twin, prompts, 48, tokenizer.eos_ids)
     ids, attend, _ = module.left_pad(prompts, "cpu")
     seconds = {"here": [], "transformers": []}  # of one CPU thread: the machine may be busy
     for _ in range(3):
@@ -158,8 +169,7 @@ def test_smollm2_equals_transformers_and_is_as_fast():
         tic = time.process_time()
         with torch.no_grad():
             twin.generate(ids, attention_mask=attend.long(), max_new_tokens=32, do_sample=False,
-                          eos_token_id=None,
-                          pad_token_id=0)
+                          eos_token_id=None, pad_token_id=0)
         seconds["transformers"].append(time.process_time() - tic)
     tokens = sum(map(len, ours))
     print({who: f"{tokens / min(times):.1f} tokens/s" for who, times in seconds.items()})

@@ -6,11 +6,10 @@ fine-tuning.
 """
 import math
 
-from ..files import data
-
-from . import tasks
-from .measures import Result
 from ..bundled import BUNDLED, CATEGORIES
+from ..files import data
+from . import tasks
+from .measures import Result, mean_result
 
 IN_DOMAIN = "word problems"
 
@@ -18,34 +17,37 @@ IN_DOMAIN = "word problems"
 def files(split="test"):
     """{task: file} of the bundled data: the word problems that fine-tuning is about, then the four
     categories."""
-    folder = BUNDLED / "data"
-    return {IN_DOMAIN: folder / f"word_problems_{split}.jsonl",
-            **{category: folder / f"{category}_{split}.jsonl" for category in CATEGORIES}}
+    return {task: BUNDLED / "data" / f"{task.replace(' ', '_')}_{split}.jsonl"
+            for task in (IN_DOMAIN, *CATEGORIES)}
 
 
 def measure(model, tokenizer, options, split="test", limit=None):
     """(results, {task: per-example rows}) of one model: exact match of every category and of the
     word problems (by the number behind ####), the category mean, and the answers' NLL in and out of
     domain."""
-    results, examples, means = [], {}, []
+    results, examples, shares = [], {}, []
     for task, path in files(split).items():
         docs = data.read_examples(path)[:limit]
+        found, rows = tasks.exact(model, tokenizer, docs, options, task)
         if task == IN_DOMAIN:  # the template asks as in training; GSM8K's strict match
-            found, rows = tasks.exact(model, tokenizer, docs, options, task)
-            for row, doc in zip(rows, docs):
-                row["match"] = tasks.normalise(tasks.strict_answer(row["reply"])) == tasks.normalise(doc.answer)
-            found = [tasks.mean_result(task, "exact_match", [row["match"] for row in rows])]
+            for row in rows:
+                number = tasks.normalise(tasks.strict_answer(row["reply"]))
+                row["match"] = number == tasks.normalise(row["target"])
+            found = [mean_result(task, "exact_match", [row["match"] for row in rows])]
         else:
-            found, rows = tasks.exact(model, tokenizer, docs, options, task)
-            means.append(found[0])
+            shares += found
         loss, losses = tasks.nll(model, tokenizer, docs, options, task)
         results += found + loss
         examples[task] = [{**row, **part} for row, part in zip(rows, losses)]
-    # The questions are fixed: the mean over categories has the errors of four independent means.
-    results.append(Result("category mean", "exact_match", sum(r.value for r in means) / len(means),
-                          math.sqrt(sum(r.stderr ** 2 for r in means)) / len(means),
-                          sum(r.n for r in means)))
-    return results, examples
+    return [*results, mean_of(shares)], examples
+
+
+def mean_of(results, task="category mean"):
+    """The mean of several tasks' results. The questions are fixed: it has the error of independent
+    means."""
+    return Result(task, results[0].metric, sum(r.value for r in results) / len(results),
+                  math.sqrt(sum(r.stderr ** 2 for r in results)) / len(results),
+                  sum(r.n for r in results))
 
 
 def add_ranks(by_run):

@@ -1,19 +1,17 @@
 """Generation: prompts in, the ids that follow out. Batched, with a KV cache; greedy unless a
 temperature is given.
 
-Called by train.py (answers before and after), evaluate.py (exact match) and eval.py (--prompt,
---chat). It works on ids
-alone: stop strings need a tokenizer, so evaluate.py looks for them and says through `finished` that
-a row is done. Verified in tests/test_generate.py: token for token equal to transformers' greedy
-generate, with unequal prompts.
+Called by train.py (answers before and after) and measures.py (every task that generates, --prompt
+and --chat). It works on ids alone: stop strings need a tokenizer, so measures.py looks for them and
+says through `finished` that a row is done. Verified in tests/test_generate.py: token for token
+equal to transformers' greedy generate, with unequal prompts.
 """
 import torch
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop_ids=(), *, finished=None, temperature=0.0,
-             top_p=1.0, generator=None,
-             batch_size=32, on_progress=None):
+             top_p=1.0, generator=None, batch_size=32, on_progress=None):
     """The new ids after each prompt: a list of lists of ints, in the order of the prompts.
 
     prompts: lists of ids, not empty, of any lengths. A row ends after max_new_tokens, before an id
@@ -21,7 +19,8 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), *, finished=None, temp
     where prompt and new ids together fill the model's max_position_embeddings. temperature 0 takes
     the likeliest token; above 0 it samples, with `generator` (on the model's device), among the
     fewest tokens whose probabilities reach top_p. on_progress(rows done, rows) is called whenever
-    rows end. Raises ValueError for an unusable prompt or a setting out of range.
+    rows end. Raises ValueError for an unusable prompt, a setting out of range, or a model that
+    gives NaN or inf: its likeliest token would look like an answer.
     """
     limit, V = model.config.max_position_embeddings, model.config.vocab_size
     if max_new_tokens < 0 or batch_size < 1:
@@ -29,19 +28,17 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), *, finished=None, temp
                          "0 and 1 are needed")
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise ValueError(f"temperature = {temperature}, top_p = {top_p}: the first must be finite "
-                         "and at least 0, "
-                         "the second above 0 and at most 1")
+                         "and at least 0, the second above 0 and at most 1")
     prompts = [list(prompt) for prompt in prompts]
     for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= V:
             raise ValueError(f"prompt {i}: at least one id is needed, all of them within 0-{V - 1}")
         if len(prompt) > limit:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, but max_position_embeddings "
-                             f"is {limit}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the model {limit} positions")
     device, stop_ids = next(model.parameters()).device, set(stop_ids)
     results = [[] for _ in prompts]
     room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    # less padding
+    # prompts of one length together: less padding
     by_length = sorted((i for i in range(len(prompts)) if room[i]), key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start:start + batch_size]  # which prompts the batch's rows are
@@ -49,9 +46,14 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), *, finished=None, temp
         mask = None if attend.all() else prompt_mask(attend)
         cache = [None] * model.config.num_hidden_layers
         while rows:
-            # (B, D): the last state alone predicts
-            h = model.hidden_states(ids, positions, mask, cache)[-1][:, -1]
-            tokens = choose(model.lm_head(h), temperature, top_p, generator)  # (B,)
+            # the last state alone predicts
+            h = model.hidden_states(ids, positions, mask, cache)[-1][:, -1]  # (B, D)
+            logits = model.lm_head(h)  # (B, V)
+            finite = logits.amax(-1).isfinite()  # (B,)
+            if not finite.all():
+                bad = rows[finite.int().argmin()]
+                raise ValueError(f"prompt {bad}: the model's logits are NaN or infinite")
+            tokens = choose(logits, temperature, top_p, generator)  # (B,)
             going = []
             for b, (i, token) in enumerate(zip(rows, tokens.tolist())):
                 if token in stop_ids:
@@ -65,8 +67,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), *, finished=None, temp
                 tokens, attend, positions = tokens[keep], attend[keep], positions[keep]
                 cache = [(k[keep], v[keep]) for k, v in cache]
                 if on_progress:
-                    on_progress(start + min(batch_size, len(by_length) - start) - len(rows),
-                                len(by_length))
+                    on_progress(min(start + batch_size, len(by_length)) - len(rows), len(by_length))
             ids, positions = tokens[:, None], positions[:, -1:] + 1  # (B, 1)
             attend = torch.cat([attend, attend.new_ones(len(rows), 1)], dim=1)  # (B, S)
             mask = None if attend.all() else attend[:, None, None]  # (B, 1, 1, S)
@@ -90,9 +91,9 @@ def prompt_mask(attend):
     """Mask (B, 1, T, T) for left-padded prompts: causal, padding hidden. A padding row sees itself,
     or its softmax over nothing would be NaN; no token ever looks at it."""
     T = attend.shape[1]
-    square = torch.ones(T, T, dtype=torch.bool, device=attend.device)
-    return ((square.tril() & attend[:, None]) | torch.eye(T, dtype=torch.bool,
-                                                          device=attend.device))[:, None]
+    square = torch.ones(T, T, dtype=torch.bool, device=attend.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=attend.device)
+    return ((square & attend[:, None]) | itself)[:, None]
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):

@@ -28,13 +28,41 @@ class Result(NamedTuple):
     n: int
 
 
+def mean_sd(values):
+    """(mean, sample standard deviation, n) of numbers: of seeds, wordings or examples. One number
+    alone has no deviation: NaN."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    n = len(values)
+    return values.mean().item(), values.std().item() if n > 1 else math.nan, n
+
+
+def finite(task, metric, values):
+    """One value an example as a float64 tensor (n,). ValueError names the first that is NaN or
+    infinite: a model that gives no numbers must not get a score."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        i = bad[0].item()
+        raise ValueError(f"{task}, example {i + 1}: {metric} is {values[i].item()}; the model "
+                         "gives NaN or infinity (in half precision, try --dtype fp32)")
+    return values
+
+
 def mean_result(task, metric, values):
     """The mean of one value an example, with the standard error of a mean: sample deviation /
-    sqrt(n)."""
-    values = torch.tensor([float(v) for v in values], dtype=torch.float64)
-    n = len(values)
-    return Result(task, metric, values.mean().item(),
-                  values.std().item() / math.sqrt(n) if n > 1 else math.nan, n)
+    sqrt(n). ValueError if a value is not finite."""
+    mean, sd, n = mean_sd(finite(task, metric, values))
+    return Result(task, metric, mean, sd / math.sqrt(n), n)
+
+
+def ratio_result(task, metric, sums, counts):
+    """sum(sums) / sum(counts) over examples, e.g. nats a token; the standard error treats examples
+    as independent. ValueError if a sum is not finite."""
+    s, c = finite(task, metric, sums), torch.as_tensor(counts, dtype=torch.float64)  # (n,) each
+    n, value = len(s), (s.sum() / c.sum()).item()
+    squares = (s - value * c).square().sum().item()
+    stderr = math.sqrt(squares * n / (n - 1)) / c.sum().item() if n > 1 else math.nan
+    return Result(task, metric, value, stderr, n)
 
 
 def begin(tokenizer):
@@ -56,8 +84,7 @@ def split_continuation(tokenizer, context, continuation):
     if not context:
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if first is None:
-            raise ValueError("an empty context needs a BOS or EOS token, and the tokenizer names "
-                             "none")
+            raise ValueError("an empty context needs a BOS or EOS; the tokenizer names none")
         return [first], tokenizer.encode(continuation)
     ids = begin(tokenizer) + tokenizer.encode(context)
     whole = begin(tokenizer) + tokenizer.encode(context + continuation)
@@ -71,37 +98,32 @@ def token_nats(model, pairs, batch_size=16, on_progress=None):
     beginning, as in the harness.
     """
     device, limit = next(model.parameters()).device, model.config.max_position_embeddings
-    found = [None] * len(pairs)
-    rows = []
+    rows = []  # (ids, how many at their end are scored)
     for context, continuation in pairs:
         ids = (list(context) + list(continuation))[-(limit + 1):]
-        count = min(len(continuation), len(ids) - 1)
-        rows.append((ids, count))
-    # longest first: memory shows at once
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        # the last predicts nothing
-        ids = [torch.tensor(rows[i][0][:-1], dtype=torch.int64) for i in batch]
-        # (B, T), right padding
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        h = model.hidden_states(ids)[-1]  # (B, T, D)
-        lengths = [len(rows[i][0]) - 1 for i in batch]
-        h = torch.cat([h[b, length - rows[i][1]:length]
-                       for b, (i, length) in enumerate(zip(batch, lengths))])  # (N, D)
-        targets = torch.tensor([t for i in batch
-                                for t in rows[i][0][len(rows[i][0]) - rows[i][1]:]], device=device)
+        rows.append((ids, min(len(continuation), len(ids) - 1)))
+    found = [None] * len(rows)
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # memory shows at once
+    for start in range(0, len(rows), batch_size):
+        batch = longest_first[start:start + batch_size]
+        ids, counts = zip(*(rows[i] for i in batch))
+        inputs = [torch.tensor(row[:-1]) for row in ids]  # the last token predicts nothing
+        inputs = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # (B, T), on the right
+        states = model.hidden_states(inputs.to(device))[-1]  # (B, T, D)
+        h = torch.cat([state[len(row) - 1 - n:len(row) - 1]
+                       for state, row, n in zip(states, ids, counts)])  # (N, D)
+        targets = torch.tensor([token for row, n in zip(ids, counts)
+                                for token in row[len(row) - n:]], device=device)  # (N,)
         nats, greedy = [], []
         for piece, target in zip(h.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
             logits = model.lm_head(piece).float()  # (rows, V)
             nats.append(F.cross_entropy(logits, target, reduction="none"))
             greedy.append(logits.argmax(-1) == target)
-        counts = [rows[i][1] for i in batch]
-        for i, a, b in zip(batch, torch.cat(nats).double().cpu().split(counts),
-                           torch.cat(greedy).cpu().split(counts)):
-            found[i] = a, b
+        nats, greedy = torch.cat(nats).double().cpu(), torch.cat(greedy).cpu()  # (N,) each
+        for i, *pair in zip(batch, nats.split(counts), greedy.split(counts)):
+            found[i] = tuple(pair)
         if on_progress:
-            on_progress(start + len(batch), len(order))
+            on_progress(start + len(batch), len(rows))
     return found
 
 
@@ -123,12 +145,11 @@ def reply(model, tokenizer, prompts, max_new_tokens, until=(), batch_size=16, on
     string of `until`."""
     tail = max((len(s.encode()) for s in until), default=0)  # a token has at least one byte
 
-    def finished(ids):
-        # + 4: a character cut in its middle
+    def finished(ids):  # + 4: a character cut in its middle
         return any(s in tokenizer.decode(ids[-tail - 4:]) for s in until)
+
     rows = generate(model, prompts, max_new_tokens, tokenizer.eos_ids, batch_size=batch_size,
-                    on_progress=on_progress,
-                    finished=finished if until else None, **sampling)
+                    on_progress=on_progress, finished=finished if until else None, **sampling)
     texts = [tokenizer.decode(row) for row in rows]
     return [text[:min((text.find(s) for s in until if s in text), default=len(text))]
             for text in texts]
@@ -147,15 +168,6 @@ def answer_nll(model, tokenizer, examples, template="plain", batch_size=16, on_p
     pairs = [(ids[:cut], ids[cut:]) for (ids, _), cut in zip(encoded, cuts)]
     return [(nats.sum().item(), len(nats))
             for nats, _ in token_nats(model, pairs, batch_size, on_progress)]
-
-
-def ratio_result(task, metric, sums, counts):
-    """sum(sums) / sum(counts) over examples, e.g. nats a token; the standard error treats examples
-    as independent."""
-    s, c = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
-    n, value = len(s), (s.sum() / c.sum()).item()
-    stderr = ((s - value * c).square().sum() * n / (n - 1)).sqrt().item() / c.sum().item() if n > 1 else math.nan
-    return Result(task, metric, value, stderr, n)
 
 
 def windows(n, window, stride):
@@ -178,7 +190,6 @@ def text_nats(model, tokenizer, text, window=1024, stride=None, batch_size=4, on
         raise ValueError(f"stride {stride} should be between 1 and the window, {window}, less one")
     ids = begin(tokenizer) + tokenizer.encode(text)
     if len(ids) < 2:
-        raise ValueError(f"a text of {len(ids)} tokens has no token to predict: at least 2 are "
-                         "needed")
+        raise ValueError(f"a text of {len(ids)} tokens has none to predict: 2 are needed")
     pairs = [(ids[a:b], ids[b:c]) for a, b, c in windows(len(ids), window, stride)]
     return torch.cat([nats for nats, _ in token_nats(model, pairs, batch_size, on_progress)])

@@ -1,266 +1,258 @@
-"""Pictures of what eval.py measured and train.py logged, one panel a question. Needs matplotlib
-(requirements-dev.txt).
+"""Pictures of what was measured, made for a paper: 3.3 or 6.8 inches wide, 8 pt, a PNG and a PDF
+beside it. Needs matplotlib (requirements-dev.txt), which is imported only to draw.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; every run also has its own
-marker, line style and hatching, so that a picture survives a grey printer. n and seeds stand in the
-caption below.
+Columns are called by their methods. Where a column is several seeds, small faint points are the
+single ones. n, seeds and what the whiskers are stand below each picture. Called by eval.py --plot
+and sweep.py --plot. Verified in tests/test_pictures.py.
 """
-from itertools import cycle
-import json
+from math import inf, sqrt
 from pathlib import Path
-from statistics import mean, stdev
-import textwrap
+from statistics import fmean
+from typing import NamedTuple
 
-# grey: the base
-COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, LINES, HATCHES = "osD^vPX*", ("-", "--", "-.",
-                                       ":"), ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
+import numpy as np
+
+from .drawing import (AGAIN, NARROW, WIDE, cut, dodge, faint, finish, look, picture, ticks,
+                      whiskered, write_beside)
+from .measures import mean_sd
+from .runs import method, method_of, short_names
+from .tables import check_output, over_seeds
+
+PERCENT = (0, 100)
+
+
+class Column(NamedTuple):
+    """What one model, or one setting over its seeds, shows in a panel."""
+    look: dict  # label, color, marker, linestyle, fillstyle
+    results: list  # of Result; means, where there are several seeds
+    singles: list  # every single seed's results; empty where there is one
 
 
 def check(path):
-    """Raise ValueError before anything slow starts: no matplotlib, not a .png, or no folder to
-    write to."""
+    """Raise ValueError before anything slow starts: no matplotlib, not a .png, or not writable."""
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: the file name should end in .png")
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist")
+    for written in (path, Path(path).with_suffix(".pdf")):
+        check_output("--plot", written)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib (it is in "
-                         "requirements-dev.txt)") from None
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
 
 
-def figure(panels):
-    import matplotlib
-    matplotlib.use("Agg")  # no window: also without a display
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                            "hatch.linewidth": 0.5})
-    fig, axes = pyplot.subplots(1, panels, figsize=(max(7, 5.5 * panels), 5.2), squeeze=False)
-    return fig, list(axes[0])
+def results(path, panels, columns):
+    """Draw everything that eval.py measured, write it to `path`, and return the Figure.
+
+    panels: {title: {run's name: results}}; the title's last word (scores, wordings, noise or
+    attack) says how it is drawn. columns: {column: [run, ...]}, a column's runs being its seeds.
+    """
+    todo = [(width, draw, shown) for title, by_run in panels.items()
+            for kind, metrics, width, draw in PANELS if kind == title.split()[-1]
+            and (shown := panel_columns(by_run, metrics, columns))]
+    with picture(path, [width for width, _, _ in todo]) as (fig, axes):
+        drawn = [draw(axis, shown) for axis, (_, draw, shown) in zip(axes, todo)]
+        finish(fig, list(column_looks(columns).values()),
+               caption(dict.fromkeys(note for note, _ in drawn), columns),
+               {axis: ends for axis, (_, ends) in zip(axes, drawn) if ends is not None})
+    return fig
 
 
-def finish(fig, axes, path, caption):
-    """One legend above all panels, the caption below, and the file."""
-    handles, labels = axes[0].get_legend_handles_labels()
-    columns = max(1, min(len(labels), int(fig.get_figwidth() * 11 / (8 + max(map(len, labels), default=1)))))
-    rows = -(-len(labels) // columns)
-    lines = textwrap.wrap(caption, int(fig.get_figwidth() * 13))
-    height = fig.get_figheight()
-    fig.tight_layout(rect=(0, 0.03 + 0.18 * len(lines) / height, 1,
-                           0.98 - (0.12 + 0.22 * rows) / height))
-    fig.legend(handles, labels, loc="upper center", ncol=columns, frameon=False)
-    fig.text(0.5, 0.02, "\n".join(lines), ha="center", va="bottom", fontsize=9, color="#444444")
-    fig.savefig(path, dpi=130)
-    import matplotlib.pyplot
-    matplotlib.pyplot.close(fig)
+def panel_columns(by_run, metrics, columns):
+    """[Column, ...] with the results of these metrics; columns that have none are left out."""
+    looks = column_looks(columns)
+    found = {run: [r for r in every if r.metric in metrics] for run, every in by_run.items()}
+    return [Column(looks[name], mean, [found[run.name] for run in columns[name]
+                                       if len(columns[name]) > 1])
+            for name, mean in over_seeds(found, columns).items() if mean]
 
 
-def style(i):
-    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
-                linestyle=LINES[i % len(LINES)])
+def caption(notes, columns):
+    runs = [run for members in columns.values() for run in members]
+    text, whiskers = " ".join(notes), "one standard error"
+    if len(runs) > len(columns):
+        text += " Faint: single seeds."
+        whiskers = "standard deviation over seeds (one run: standard error)"
+    seeds = sorted({str(run.settings["seed"]) for run in runs if "seed" in run.settings})
+    if seeds:
+        text += f" Training seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}."
+    return text.replace("{whiskers}", whiskers)
 
 
-def results(path, by_run, subjects, whiskers="one standard error"):
-    """One panel for each thing that was measured: bars, spread over wordings, curves over layers,
-    curves over attack steps. by_run: {run: results}; whiskers: what `stderr` is, for the
-    caption."""
-    kinds = {"layer": layers, "attack": attack, "wording": wordings}
-    panels = {}  # drawing function -> {run: its results}
-    for run, found in by_run.items():
-        for r in found:
-            word = r.task.split(" ")[0].rstrip(",")
-            draw = kinds.get(word, wordings if "over wordings" in r.task or "," in r.task else
-                             bars if r.metric in BARS else losses if r.metric in LOSSES else None)
-            if draw:
-                panels.setdefault(draw, {}).setdefault(run, []).append(r)
-    fig, axes = figure(len(panels))
-    notes, name = [], short_names(by_run)
-    for axis, (draw, found) in zip(axes, panels.items()):
-        notes.append(draw(axis, {name[run]: rs
-                                 for run, rs in found.items()}).replace("{whiskers}", whiskers))
-    seeds = sorted({str(s.settings["seed"]) for s in subjects if "seed" in s.settings})
-    notes.append(f"Training seed{'s' if len(seeds) > 1 else ''}: {', '.join(seeds)}." if seeds
-                 else "")
-    finish(fig, axes, path, " ".join(filter(None, notes)))
+def column_looks(columns):
+    """{column: its look}. A column is called by its method; where two columns have the same one,
+    the folder's name is added, and line and filling differ."""
+    methods, short = {name: method(runs[0]) for name, runs in columns.items()}, short_names(columns)
+    looks = {}
+    for name, m in methods.items():
+        alike = [other for other in methods if methods[other] == m]
+        label = (short[name] if m == name else m if len(alike) == 1 else
+                 name if name.startswith(m) else f"{m} {short[name]}")
+        line, fill = AGAIN[alike.index(name) % len(AGAIN)]
+        looks[name] = look(label, m, methods.values()) | dict(linestyle=line, fillstyle=fill)
+    return looks
 
 
-def short_names(runs):
-    """{run: its folder's name, or the whole path where two folders have the same name}."""
-    names = [Path(run).name for run in runs]
-    return {run: run if names.count(name) > 1 else name for run, name in zip(runs, names)}
+# ---- panels. Each draws its columns into one axis and returns what the caption says about it, and
+# where names can stand beside lines: [(look, height), ...] of their right ends; [] where there are
+# no lines, None where the names stand in the panel already.
+
+def scores(axis, columns):
+    axis.set(ylabel="right answers (%)", ylim=PERCENT)
+    return in_groups(axis, columns, 100, PERCENT), []
 
 
-BARS = ("exact_match", "strict-match", "flexible-extract", "acc", "acc_norm")
-LOSSES = ("nll", "perplexity", "bits_per_byte")
+def losses(axis, columns):
+    metrics = sorted({r.metric for column in columns for r in column.results})
+    what = "answer NLL (nats a token)" if metrics == ["nll"] else " or ".join(metrics)
+    axis.set_ylabel(f"{what},\nlower is better")
+    values = [r.value for column in columns for rs in (column.results, *column.singles) for r in rs]
+    low = 0
+    if max(values) > 20 * min(values) > 0:
+        low = min(values) / 2  # no whisker reaches the 0 of a logarithmic axis
+        axis.set(yscale="log", ylim=(low, 2 * max(values)))
+    return in_groups(axis, columns, 1, (low, inf)), []
 
 
-def whisker(r):
-    return 0 if r.stderr != r.stderr else r.stderr  # no standard error (n = 1): no whisker
+def in_groups(axis, columns, scale, bounds):
+    """A group a measure, in it one point a column."""
+    keys = list(dict.fromkeys((r.task, r.metric) for column in columns for r in column.results))
+    several = len({metric for _, metric in keys}) > 1
+    for column, shift in zip(columns, dodge(len(columns), 0.7)):
+        x = [keys.index((r.task, r.metric)) + shift for r in column.results]
+        points(axis, column, x, scale, bounds, linestyle="none")
+    ticks(axis, [f"{task} {metric}" if several else task for task, metric in keys])
+    counts = sorted({r.n for column in columns for r in column.results if "mean" not in r.task})
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    return f"n = {n} a point; whiskers: {{whiskers}}."
 
 
-def grouped(axis, by_run, scale, single_metric):
-    """Bars with whiskers of one standard error: a group a task, a bar a run."""
-    groups = list(dict.fromkeys((r.task, r.metric) for found in by_run.values() for r in found))
-    width = 0.8 / len(by_run)
-    for i, (run, found) in enumerate(by_run.items()):
-        at = {(r.task, r.metric): r for r in found}
-        present = [(x, at[g]) for x, g in enumerate(groups) if g in at]
-        axis.bar([x + (i - (len(by_run) - 1) / 2) * width for x, _ in present],
-                 [scale * r.value for _, r in present],
-                 width, yerr=[scale * whisker(r) for _, r in present], capsize=2,
-                 error_kw=dict(lw=1), label=run,
-                 color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i % len(HATCHES)],
-                 edgecolor="white")
-    labels = [task.replace(" ", "\n") + ("" if single_metric else f"\n{metric}")
-              for task, metric in groups]
-    axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 7 else 30, fontsize=9)
-    counts = sorted({r.n for found in by_run.values() for r in found})
-    return f"n = {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} a bar, whiskers: {{whiskers}}."
+def wordings(axis, columns):
+    """Figure 5: a small point a wording, a large one at the mean with the deviation over them."""
+    metric, n = columns[0].results[0].metric, columns[0].results[0].n
+    hollow = ""
+    for i, column in enumerate(columns):
+        tasks = [r.task for r in column.results if r.metric == metric]
+        *places, last = [i + shift for shift in dodge(len(tasks) + 2, 0.8)]
+        for task, x in zip(tasks, places):
+            changes = {}
+            if "unseen" in task:
+                hollow, changes = ", hollow where it was never trained", dict(mfc="white")
+            points(axis, only(column, lambda r: (r.task, r.metric) == (task, metric)), [x], 100,
+                   PERCENT, whiskers=False, **changes)
+        sd = next(r.value for r in column.results if r.metric == f"{metric} sd")
+        mean = only(column, lambda r: r.metric == f"{metric} mean")
+        mean = mean._replace(results=[mean.results[0]._replace(stderr=sd)])
+        points(axis, mean, [last], 100, PERCENT, ms=5.5)
+    ticks(axis, [column.look["label"] for column in columns])
+    what = "right answers" if metric == "exact_match" else metric
+    axis.set(ylabel=f"{what} (%)", ylim=PERCENT)
+    return (f"Small: a wording ({n} questions){hollow}; large: mean and standard deviation over "
+            "wordings."), None
 
 
-def bars(axis, by_run):
-    axis.set_ylabel("right answers (%)")
-    axis.set_ylim(0, 100)
-    metrics = {r.metric for found in by_run.values() for r in found}
-    return grouped(axis, by_run, 100, len(metrics) == 1)
+def cosines(axis, columns):
+    """Figure 6: cosine of clean and noised states by layer; the embedding, layer 0, is left out."""
+    axis.set(ylabel="cosine, clean and noised")
+    return (f"{columns[0].results[0].n} texts; whiskers: {{whiskers}}.", by_layer(axis, columns))
 
 
-def losses(axis, by_run):
-    metrics = {r.metric for found in by_run.values() for r in found}
-    axis.set_ylabel("answer NLL (nats a token), lower is better" if metrics == {"nll"}
-                    else "lower is better")
-    grouped(axis, by_run, 1, len(metrics) == 1)
-    values = [r.value for found in by_run.values() for r in found if r.value > 0]
-    if max(values) > 20 * min(values):
-        axis.set_yscale("log")
-        axis.set_ylim(min(values) / 2, max(values) * 2)
-    return ""
+def differences(axis, columns):
+    """The same as paired differences to SFT, the zero line (robustness.add_differences), with their
+    own standard error: over seeds where there are several."""
+    own = [c._replace(results=[r._replace(stderr=r.stderr / sqrt(len(c.singles) or 1))
+                               for r in c.results]) for c in columns]
+    sft = look("SFT", "SFT", ())
+    axis.axhline(0, color=sft["color"], linewidth=1, zorder=1)
+    axis.set(ylabel="paired difference to SFT")
+    axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+    over = "seeds (one run: texts)" if any(column.singles for column in columns) else "texts"
+    return (f"Differences: whiskers are their own standard error, over {over}.",
+            [*by_layer(axis, own), (sft, 0)])
 
 
-def wordings(axis, by_run):
-    """Figure 5: a dot a wording, a bar from mean - sd to mean + sd."""
-    metric = next(iter(by_run.values()))[0].metric
-    for i, (run, found) in enumerate(by_run.items()):
-        points = [r for r in found if r.metric == metric and "over wordings" not in r.task]
-        mean = next(r for r in found if r.metric == f"{metric} mean")
-        sd = next(r for r in found if r.metric == f"{metric} sd")
-        look = style(i)
-        for r in points:
-            k = points.index(r) - (len(points) - 1) / 2
-            filled = "unseen" not in r.task
-            axis.plot(i + 0.05 * k - 0.15, 100 * r.value, look["marker"], color=look["color"], ms=6,
-                      mfc=look["color"] if filled else "white")
-        axis.errorbar(i + 0.25, 100 * mean.value, yerr=100 * sd.value, fmt=look["marker"],
-                      color=look["color"],
-                      capsize=5, lw=2, ms=8, label=f"{run}: {100 * mean.value:.1f}, sd "
-                                                   f"{100 * sd.value:.1f}")
-    axis.set_xticks(range(len(by_run)), [textwrap.fill(run, 14) for run in by_run])
-    axis.set_xlim(-0.6, len(by_run) - 0.4)
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(-3, low - 2), min(103, high + 2))
-    axis.set_ylabel("right answers (%)" if metric == "exact_match" else f"{metric} (%)")
-    hollow = ", hollow where it was never trained" if any("unseen" in r.task
-                                                          for r in points) else ""
-    return (f"Small marks: one wording each ({points[0].n} questions){hollow}; large mark: mean "
-            "and standard deviation "
-            f"over {mean.n} wordings.")
-
-
-def layers(axis, by_run):
-    """Figure 6: cosine similarity of clean and noised states, layer by layer; the embedding (layer
-    0) is left out."""
-    for i, (run, found) in enumerate(by_run.items()):
-        found = [r for r in found if r.task != "layer 0"]
-        axis.errorbar(range(1, len(found) + 1), [r.value for r in found],
-                      yerr=[whisker(r) for r in found], ms=5, lw=1.5, capsize=2, label=run,
-                      **style(i))
-    axis.set_xlabel("layer (the last after the final norm)")
-    axis.set_ylabel("cosine similarity, clean and noised")
+def by_layer(axis, columns):
+    columns = [only(column, lambda r: r.task != "layer 0") for column in columns]
+    for column, shift in zip(columns, dodge(len(columns), 0.4)):
+        points(axis, column, [int(r.task.split()[1]) + shift for r in column.results])
+    axis.set(xlabel="layer")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    return f"{found[0].n} texts, whiskers: {{whiskers}}."
+    return [(column.look, column.results[-1].value) for column in columns]
 
 
-def attack(axis, by_run):
-    """Figure 3: share of held-out requests that are complied with, over steps of adversarial
-    fine-tuning."""
-    for i, (run, found) in enumerate(by_run.items()):
-        found = [r for r in found if r.metric == "compliance"]
-        steps = [int(r.task.split()[1]) for r in found]
-        axis.errorbar(steps, [100 * r.value for r in found], yerr=[100 * whisker(r) for r in found],
-                      ms=6, lw=1.5, capsize=3, label=run, **style(i))
-    axis.set_xlabel("steps of plain SFT on examples that comply")
-    axis.set_ylabel("complied and coherent (%)")
-    axis.set_ylim(-3, 103)
-    return f"{found[0].n} held-out requests, whiskers: {{whiskers}}."
+def attack(axis, columns):
+    """Figure 3: held-out requests complied with, over steps of adversarial fine-tuning."""
+    steps = [int(r.task.split()[1]) for r in columns[0].results]
+    closest = min((b - a for a, b in zip(steps, steps[1:])), default=1)
+    for column, shift in zip(columns, dodge(len(columns), 0.5 * closest)):
+        points(axis, column, [step + shift for step in steps], 100, PERCENT)
+    axis.set(xlabel="steps of plain SFT on examples that comply", ylabel="complied with (%)",
+             ylim=PERCENT)
+    return (f"{columns[0].results[0].n} held-out requests; whiskers: {{whiskers}}.",
+            [(column.look, 100 * column.results[-1].value) for column in columns])
 
+
+SHARES = ("exact_match", "strict-match", "flexible-extract", "acc", "acc_norm")
+WORDED = [m + end for m in ("exact_match", "strict-match") for end in ("", " mean", " sd")]
+PANELS = (  # kind, metrics, width, how it is drawn
+    ("scores", SHARES, WIDE, scores),
+    ("scores", ("nll", "perplexity", "bits_per_byte"), WIDE, losses),
+    ("wordings", WORDED, WIDE, wordings),
+    ("noise", ("cosine",), NARROW, cosines),
+    ("noise", ("cosine - SFT",), NARROW, differences),
+    ("attack", ("compliance",), NARROW, attack))
+
+
+def only(column, wanted):
+    """The column with the results for which wanted(result) is true."""
+    return column._replace(results=[r for r in column.results if wanted(r)],
+                           singles=[[r for r in one if wanted(r)] for one in column.singles])
+
+
+def points(axis, column, x, scale=1, bounds=(-inf, inf), whiskers=True, **changes):
+    """A column's results at x, with whiskers, and its single seeds' beside them."""
+    for one in column.singles:
+        faint(axis, x, [scale * r.value for r in one], column.look, left=3)
+    whiskered(axis, x, [scale * r.value for r in column.results], column.look | changes,
+              [scale * r.stderr * whiskers for r in column.results], bounds)
+
+
+# ---- sweeps
 
 def tradeoff(path, by, what):
-    """What is learned against what is kept, from sweep.py: {setting: [{column: per cent}, one a
-    seed]}. Settings of one `aux` share a line, in the order of what they learned: up and to the
-    right is better."""
-    fig, (axis,) = figure(1)
-    lines = {}  # aux -> (label, mean and sd of x, mean and sd of y)
+    """What is learned against what is kept, written to `path`; returns the Figure.
+
+    by: {setting, as sweep.py names it: [{column: per cent}, one a seed]}, "base" among them.
+    Settings of one method share a line, in the order of what they learned: up and to the right is
+    better.
+    """
+    lines = {}  # method -> [(x of every seed, y of every seed, the other settings), ...]
     for setting, found in by.items():
         words = dict(word.split("=") for word in setting.split() if "=" in word)
-        aux = words.pop("aux", None)
-        if aux:
-            spread = [(mean(v), stdev(v) if len(v) > 1 else 0)
-                      for v in ([r[column] for r in found]
-                                for column in ("word problems", "category mean"))]
-            lines.setdefault(aux, []).append((" ".join(f"{k} {v}" for k, v in words.items()),
-                                              *spread))
-    names = dict(none="SFT", lora="LfU, LoRA", reps="LfU, RepS", inplace="LfU, in place")
-    for i, (aux, points) in enumerate(lines.items()):
-        points.sort(key=lambda p: p[1])
-        x, y = ([p[k] for p in points] for k in (1, 2))
-        axis.errorbar([v for v, _ in x], [v for v, _ in y], xerr=[e for _, e in x],
-                      yerr=[e for _, e in y], ms=7, lw=1.3,
-                      capsize=2, elinewidth=0.8, label=names.get(aux, aux), **style(i))
-        for label, (px, _), (py, _) in points:
-            dx, dy, side = ((6, 6, "left"), (-6, -13, "right"), (6, 6, "left"),
-                            (6, -13, "left"))[i % 4]
-            axis.annotate(label, (px, py), xytext=(dx, dy), textcoords="offset points", ha=side,
-                          fontsize=8,
-                          color=style(i)["color"])
-    axis.set_xlabel("word problems, right answers (%)")
-    axis.set_ylabel("mean of the other four categories (%)")
-    seeds = sorted({len(found) for setting, found in by.items() if setting != "base"})
-    finish(fig, [axis], path, f"{what}; a point is the mean of {' or '.join(map(str, seeds))} "
-                              "seeds, whiskers: standard "
-           "deviation over seeds. Up and to the right is better.")
-
-
-def curves(path, subjects):
-    """SFT loss and consistency loss of runs over optimizer steps, from their log.jsonl."""
-    logs, name = {}, short_names([subject.name for subject in subjects])
-    for subject in subjects:
-        file = subject.folder / "log.jsonl"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: without it there are no curves to draw")
-        logs[name[subject.name]] = [json.loads(line)
-                                    for line in file.read_text(encoding="utf-8").splitlines()]
-    consistent = {run: log for run, log in logs.items()
-                  if any(row["consistency"] > 0 for row in log)}
-    fig, axes = figure(1 + bool(consistent))
-    for i, (run, log) in enumerate(logs.items(), 1):
-        mark = dict(style(i), markevery=max(1, len(log) // 8), ms=5, lw=1.3)
-        axes[0].plot([row["step"] for row in log], [row["sft"] for row in log], label=run, **mark)
-        if run in consistent:
-            raw = [row["consistency"] for row in log]
-            smooth = [sum(raw[max(0, k - 4):k + 5]) / len(raw[max(0, k - 4):k + 5])
-                      for k in range(len(raw))]
-            axes[1].plot([row["step"] for row in log], raw, color=mark["color"], lw=0.7, alpha=0.4)
-            axes[1].plot([row["step"] for row in log], smooth, label=run, **mark)
-    for axis, what in zip(axes, ("SFT loss (nats a token)",
-                                 "consistency loss (Eq 5, before lambda)")):
-        axis.set_xlabel("optimizer step")
-        axis.set_ylabel(what)
-        axis.set_yscale("log")
-    seeds = sorted({str(s.settings.get("seed", "?")) for s in subjects})
-    lengths = " or ".join(map(str, sorted({len(log) for log in logs.values()})))
-    finish(fig, axes, path,
-           f"One run a curve, {lengths} steps, seed{'s' if len(seeds) > 1 else ''} "
-           f"{', '.join(seeds)}. "
-           "Consistency: thin every step, thick the mean over nine. Logarithmic axes.")
+        name = "base" if setting == "base" else method_of(**words)
+        words = {k: v for k, v in words.items() if k not in ("method", "aux")}
+        x, y = ([row[column] for row in found] for column in ("word problems", "category mean"))
+        lines.setdefault(name, []).append((x, y, words))
+    looks, labels = [], []
+    with picture(path, [WIDE], 2.8) as (fig, [axis]):
+        for name, line in lines.items():
+            line.sort(key=lambda point: fmean(point[0]))
+            first = line[0][2]
+            shared = [k for k in first if k != "lr" and all(first[k] == words.get(k)
+                                                            for _, _, words in line)]
+            looks.append(look(" ".join([name, *(f"{k} {first[k]}" for k in shared)]), name, lines))
+            for x, y, _ in line:
+                if len(x) > 1:
+                    faint(axis, x, y, looks[-1])
+            (x, dx, _), (y, dy, _) = (zip(*(mean_sd(point[k]) for point in line)) for k in (0, 1))
+            whiskered(axis, x, y, looks[-1], dy, PERCENT, xerr=cut(x, dx, PERCENT))
+            for at, kept, (_, _, words) in zip(x, y, line):
+                text = " ".join(f"{k} {v}" for k, v in words.items() if k not in shared)
+                labels.append((at, kept, text, looks[-1]["color"]))
+        axis.set(xlabel="word problems, right answers (%)", xlim=np.clip(axis.get_xlim(), *PERCENT),
+                 ylabel="mean of the other categories (%)", ylim=np.clip(axis.get_ylim(), *PERCENT))
+        counts = sorted({len(found) for setting, found in by.items() if setting != "base"})
+        finish(fig, looks, f"{what}; a point is the mean of {' or '.join(map(str, counts))} seeds, "
+               "whiskers: standard deviation over seeds, faint: single seeds. Up and to the right "
+               "is better.", {axis: []})
+        write_beside(axis, labels)
+    return fig

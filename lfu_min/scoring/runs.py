@@ -1,0 +1,122 @@
+"""Which models are scored: a base and runs of train.py, what they are called, which of them differ
+in nothing but the seed.
+
+Called by eval.py; pictures.py takes the names of methods from here.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+from ..bundled import BUNDLED
+from ..engine.system import spare_threads
+from ..files.adapter import load_adapter
+from ..files.checkpoint import load_model
+from ..files.jsons import read_json
+from ..lora import remove_lora
+
+# Fields of settings.json that tell no two settings apart: the seed, what the method's name says,
+# where the run was made, and what follows from other fields. The data's hash stands for the data.
+ASIDE = {"seed", "method", "aux", "model", "data", "out", "device", "activation_checkpointing",
+         "shard", "per_step", "per_epoch", "steps", "examples", "dropped", "versions", "platform",
+         "git_commit"}
+
+
+class Run(NamedTuple):
+    """One column of the results: the base (folder None) or a run."""
+    name: str  # the folder as it was given, or "base"
+    folder: Path = None
+    settings: dict = {}  # settings.json; empty where there is none
+
+
+def method(run):
+    """What a run is called: "SFT", "LfU-lora", ...; "base", or a folder without settings.json, by
+    its name."""
+    return method_of(**run.settings) if run.settings else run.name
+
+
+def method_of(method="lfu", aux="lora", lam=5.0, **others):
+    """"SFT", "LfU-<aux>" or the word of --method, from a run's settings; defaults: train.py's."""
+    if method == "sft" or method == "lfu" and (aux == "none" or float(lam) == 0):
+        return "SFT"
+    return f"LfU-{aux}" if method == "lfu" else method
+
+
+def find_runs(names, model=None):
+    """(path of the base, [base, run, run, ...]).
+
+    names: folders of train.py, or peft adapters; model: the base. Where it is None the runs must
+    name it, the same one each; without runs it is the bundled model. Raises ValueError.
+    """
+    found, base = [], model
+    for name in dict.fromkeys(names):
+        folder = Path(name)
+        if not folder.is_dir():
+            raise ValueError(f"{name} is not a folder; a run is a folder that train.py wrote")
+        adapter, settings = folder / "adapter_config.json", folder / "settings.json"
+        if not adapter.is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{name} holds neither adapter_config.json nor config.json: no run")
+        found.append(Run(name, folder, read_json(settings) if settings.is_file() else {}))
+        if model is not None:
+            continue
+        own = found[-1].settings.get("model")
+        if not own and adapter.is_file():
+            own = read_json(adapter).get("base_model_name_or_path")
+        if not own:
+            raise ValueError(f"{name} does not say what it was trained from: name it with --model")
+        if not Path(own).is_dir() and Path(own).parts[-2:] == BUNDLED.parts[-2:]:
+            own = str(BUNDLED)  # the repository has moved since
+        if base is not None and Path(own) != Path(base):
+            raise ValueError(f"{name} comes from {own}, others from {base}: use separate calls")
+        base = own
+    return base or str(BUNDLED), [Run("base"), *found]
+
+
+def each_model(base, runs, device, dtype):
+    """Yields (run, model), one model in memory at a time: the base's weights stay, adapters come
+    and go."""
+    model = load_model(base, device, dtype)
+    spare_threads(sum(p.numel() for p in model.parameters()))
+    for run in runs:
+        if run.folder is None:
+            yield run, model
+        elif (run.folder / "adapter_config.json").is_file():
+            yield run, load_adapter(model, run.folder)
+            remove_lora(model)
+        else:
+            yield run, load_model(run.folder, device, dtype)
+
+
+def templates(runs, chosen=None):
+    """{run's name: template}: `chosen`, or each run's own. What has none, the base and foreign
+    adapters, takes the first run's, or else plain."""
+    own = {run.name: run.settings.get("template") for run in runs}
+    default = next(filter(None, own.values()), "plain")
+    return {name: chosen or template or default for name, template in own.items()}
+
+
+def by_seed(runs):
+    """{column: [run, ...]}: runs that differ in nothing but the seed share a column. Columns are
+    called by their method, and where that is not enough, by the settings in which they differ.
+
+    ValueError if two runs of one setting have one seed: they would count as two.
+    """
+    groups = {}  # (method, settings as text) -> {seed: run}
+    for run in runs:
+        setting = tuple(f"{key} {value}" for key, value in sorted(run.settings.items())
+                        if key not in ASIDE)
+        seeds = groups.setdefault((method(run), setting), {})
+        other = seeds.setdefault(run.settings.get("seed"), run)
+        if other is not run:
+            raise ValueError(f"--over-seeds: {other.name} and {run.name} are one setting with one "
+                             f"seed, {run.settings.get('seed')}; name one of them")
+    columns = {}
+    for (name, own), seeds in groups.items():
+        others = [setting for same, setting in groups if same == name and setting != own]
+        told = [text for text in own if any(text not in other for other in others)]
+        columns[" ".join([name, *told])] = list(seeds.values())
+    return columns
+
+
+def short_names(names):
+    """{run: its folder's name, or the whole path where two folders have the same name}."""
+    short = [Path(name).name for name in names]
+    return {name: name if short.count(last) > 1 else last for name, last in zip(names, short)}

@@ -1,0 +1,127 @@
+"""What was measured, as text: one table, seeds put together, and what was learned and forgotten in
+words.
+
+Called by eval.py, which prints what these functions return.
+"""
+import math
+import os
+from pathlib import Path
+import sys
+import time
+
+from ..bundled import CATEGORIES
+from ..engine.system import duration
+from .categories import IN_DOMAIN, mean_of
+from .measures import mean_result, mean_sd
+from .runs import method, short_names
+
+SHARES = {"exact_match", "strict-match", "flexible-extract", "acc", "acc_norm", "compliance",
+          "not refused", "coherent"}
+
+
+def over_seeds(by_run, columns):
+    """{column: results} from {run: results} and {column: [run, ...]}: value and stderr are mean
+    and sample standard deviation over the column's runs (one run: as they were)."""
+    table = {}
+    for column, runs in columns.items():
+        table[column] = []
+        for same in zip(*(by_run[run.name] for run in runs), strict=True):
+            mean, sd, n = mean_sd([r.value for r in same])
+            table[column].append(same[0]._replace(value=mean, stderr=sd) if n > 1 else same[0])
+    return table
+
+
+def shown(r):
+    """'12.5 ± 1.1' in points for shares, plain numbers for the rest."""
+    share = r.metric.removesuffix(" mean").removesuffix(" sd") in SHARES
+    scale, digits = (100, 1) if share else (1, {"cosine": 4, "cosine - SFT": 6}.get(r.metric, 3))
+    error = "" if math.isnan(r.stderr) else f" ± {scale * r.stderr:.{digits}f}"
+    return f"{scale * r.value:.{digits}f}{error}"
+
+
+def text(table, columns=None):
+    """One line a measure, one column a model: value ± standard error, and n.
+
+    table: {column: results}; columns: what over_seeds was given, where it put seeds together.
+    """
+    names, lines = short_names(table), {}
+    for column, results in table.items():
+        for r in results:
+            lines.setdefault((r.task, r.metric), {})[column] = r
+    cells = [["task", "metric", *names.values(), "n"]]
+    for measure, row in lines.items():
+        cells.append([*measure, *(shown(row[c]) if c in row else "-" for c in names),
+                      str(next(iter(row.values())).n)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    told = ["  ".join(cell.ljust(w) if c < 2 else cell.rjust(w)
+                      for c, (cell, w) in enumerate(zip(row, widths))) for row in cells]
+    meaning, seeds = "standard error over the n examples", []
+    if columns:
+        meaning = f"standard deviation over seeds (one seed: {meaning})"
+        seeds = ["seeds: " + "; ".join(
+            f"{column} {', '.join(str(run.settings.get('seed')) for run in runs)}"
+            for column, runs in columns.items() if column != "base")]
+    return "\n".join([*told, f"value ± {meaning}; shares in %, nll in nats a token", *seeds])
+
+
+def verdict(examples, runs):
+    """Figure 1 in words: what each run learned and forgot, differences taken question by question.
+
+    examples: {run: {task: rows with "match"}} of categories.measure; runs: the base first.
+    """
+    def gain(run, tasks):
+        pairs = {t: zip(examples[run.name][t], examples["base"][t], strict=True) for t in tasks}
+        return mean_of([mean_result(t, "gain", [100.0 * (new["match"] - old["match"])
+                                                for new, old in pairs[t]]) for t in tasks])
+
+    lines, found = [], {"SFT": [], "LfU": []}
+    for run in runs[1:]:
+        learned, kept = gain(run, [IN_DOMAIN]), gain(run, CATEGORIES)
+        found.setdefault(method(run).split("-")[0], []).append((learned.value, kept.value))
+        lines.append(f"{run.name} ({method(run)}): {IN_DOMAIN} {learned.value:+.1f} ± "
+                     f"{learned.stderr:.1f} points, other categories {kept.value:+.1f} ± "
+                     f"{kept.stderr:.1f}")
+    if found["SFT"] and found["LfU"]:
+        sft, lfu = ([mean_sd(values)[0] for values in zip(*found[m])] for m in ("SFT", "LfU"))
+        learned, kept = lfu[0] - sft[0], lfu[1] - sft[1]
+        lines.append(
+            f"LfU against SFT, means over {len(found['LfU'])} and {len(found['SFT'])} runs: "
+            f"{IN_DOMAIN} {learned:+.1f} points, other categories {kept:+.1f}: LfU "
+            + ("does NOT forget less here." if kept <= 0 else
+               "forgets less, and learns no less." if learned >= 0 else
+               "forgets less, but learns less too: which is better depends on the exchange."))
+    return "\n".join(lines)
+
+
+def progress(title):
+    """An on_progress(done, total) that writes 'title 32/200, 3.1/s, ETA 54 s' to stderr: in place
+    on a terminal twice a second, else a line every 30 s."""
+    terminal = sys.stderr.isatty()
+    started = shown_at = time.time()
+    last = 0
+
+    def report(done, total):
+        nonlocal started, shown_at, last
+        now = time.time()
+        if done < last:  # the next part of the measure
+            started = now
+        last = done
+        if done and now - shown_at > (0.5 if terminal else 30):
+            speed = done / max(now - started, 1e-9)
+            print(f"{title} {done}/{total}, {speed:.1f}/s, ETA {duration((total - done) / speed)}",
+                  end="   \r" if terminal else "\n", file=sys.stderr, flush=True)
+            shown_at = now
+
+    return report
+
+
+def check_output(flag, path):
+    """Raise ValueError before anything slow starts, where no file can be written later: `path` is
+    no regular file, its folder does not exist, or one of them is read-only."""
+    path, folder = Path(path), Path(path).absolute().parent
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag} {path} is {'a folder' if path.is_dir() else 'no regular file'}")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if not all(os.access(there, os.W_OK) for there in (folder, path) if there.exists()):
+        raise ValueError(f"{flag} {path} cannot be written: it or its folder is read-only")
