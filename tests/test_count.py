@@ -18,47 +18,50 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY
 from lfu_min.cost import bench, count
-from lfu_min import lfu
 from lfu_min.engine import system
 from lfu_min.files.checkpoint import parse_config
 from lfu_min.lora import add_lora
 
-CONFIG = parse_config({**TINY, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160})
+CONFIG = parse_config({**TINY, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 160})
+DEEPER = replace(CONFIG, num_hidden_layers=2)
 
 
-def real_step(counter, aux, tune, dtype, checkpointing):
-    with mock.patch.object(lfu, "supervised", count.fake_positions), counter:
-        model = count.empty_model(CONFIG, torch.float32 if tune == "full" else dtype)
-        add_lora(model) if tune == "lora" else model.set_matmul_dtype(dtype)
-        model.activation_checkpointing = bool(checkpointing)
-        ids = torch.zeros(2, 24, dtype=torch.int64)
-        lfu.lfu_backward(model, ids, ids, aux, recompute=checkpointing != "first")
+def real_step(counter, config, aux, tune, dtype, checkpointing):
+    with counter:
+        model = count.prepared_model(config, tune, dtype, checkpointing)
+        count.step(model, count.half_supervised(2, 24, dtype), aux)
     return counter
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config, dtype", [
+    (CONFIG, torch.float16), slow(DEEPER, torch.float16), slow(DEEPER, torch.float32)],
+    ids=["1 layer fp16", "2 layers fp16", "2 layers fp32"])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("aux, checkpointing",
-                         [("none", None), ("lora", None), ("reps", "both"), ("lora", "first"),
-                                                ("inplace", None)])
-def test_counting_and_running_agree_to_the_byte(aux, checkpointing, tune, dtype):
-    flops, peak = count.count_step(CONFIG, aux, 2, 24, tune, dtype, checkpointing)
-    assert peak == real_step(count.LiveBytes(), aux, tune, dtype, checkpointing).peak
-    assert flops == real_step(FlopCounterMode(display=False), aux, tune, dtype,
-                              checkpointing).get_total_flops()
+@pytest.mark.parametrize("aux, checkpointing", [("none", False), ("lora", False), ("reps", True),
+                                                ("inplace", False)])
+def test_counting_and_running_agree_to_the_byte(aux, checkpointing, tune, config, dtype):
+    """And on the FLOPs, which torch's own counter takes of the real step."""
+    flops, peak = count.count_step(config, aux, 2, 24, tune, dtype, checkpointing)
+    step = config, aux, tune, dtype, checkpointing
+    assert peak == real_step(count.Meter(), *step).peak
+    assert flops == real_step(FlopCounterMode(display=False), *step).get_total_flops()
 
 
 def test_the_counted_step_is_the_benchmarks():
     """Half of its tokens are supervised; the head works on no others."""
-    model, batches = add_lora(count.empty_model(CONFIG,
-                                                torch.float32)), bench.make_batches(CONFIG, 2, 2, 24, torch.device("cpu"))
+    model = add_lora(count.fresh_model(CONFIG, torch.float32))
+    batches = bench.make_batches(CONFIG, 2, 2, 24, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         bench.our_step(model, "lora")(*batches)
     assert count.count_step(CONFIG, "lora", 2, 24)[0] == counter.get_total_flops()
 
 
 def test_bytes_are_counted_once_and_until_they_are_freed():
-    with count.LiveBytes() as live:
+    with count.Meter() as live:
         a = torch.zeros(1000)
         assert live.now == live.peak == 4000
         view, same = a[10:], a.detach()  # no new memory
@@ -71,48 +74,65 @@ def test_bytes_are_counted_once_and_until_they_are_freed():
     assert live.peak == 12000 and same is not None
 
 
+def peak(aux="lora", tokens=24, config=CONFIG, dtype=torch.float16, **how):
+    return count.count_step(config, aux, 2, tokens, dtype=dtype, **how)[1]
+
+
 def test_memory_behaves_as_the_flags_promise():
-    # older torch: grouped heads keep T x T numbers on a CPU
-    config = replace(CONFIG, num_key_value_heads=4)
-    def peak(aux="lora", tokens=64, **how):
-        return count.count_step(config, aux, 2, tokens, **how)[1]
-    assert peak(checkpointing="both") < peak(checkpointing="first") <= peak()
-    assert peak(aux="none") < peak(aux="reps") < peak(aux="lora")
-    assert peak(dtype=torch.float16) < peak()
-    growth = [peak(tokens=64 * n) for n in (1, 2, 3)]  # linear: no T x T of attention's is kept
-    assert growth[2] - growth[1] == pytest.approx(growth[1] - growth[0], rel=0.05)
+    assert peak("none") < peak("reps") < peak("lora") < peak("lora", dtype=torch.float32)
+    assert peak("none", config=DEEPER, checkpointing=True) < peak("none", config=DEEPER)
+
+
+@pytest.mark.slow
+def test_memory_of_lfu_grows_linearly_with_the_tokens_and_shrinks_with_checkpointing():
+    """No T x T numbers of attention's are kept (older torch keeps them for grouped heads)."""
+    config = replace(DEEPER, num_key_value_heads=4)
+    one, two, three = (peak(tokens=64 * n, config=config) for n in (1, 2, 3))
+    assert three - two == pytest.approx(two - one, rel=0.05)
+    assert peak(tokens=64, config=config, checkpointing=True) < one
 
 
 def test_the_default_dtype_survives_an_error():
-    with pytest.raises(RuntimeError, match="x"), mock.patch.object(count, "Llama", side_effect=RuntimeError("x")):
-        count.empty_model(CONFIG, torch.float16)
+    broken = mock.patch.object(count, "Llama", side_effect=RuntimeError("x"))
+    with pytest.raises(RuntimeError, match="x"), broken:
+        count.fresh_model(CONFIG, torch.float16)
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_the_command_prints_and_writes_the_same(tmp_path, capsys):
-    out = bench.main(["--shape", "bundled", "--batch", "2", "--tokens", "16", "--count", "--dtype",
-                      "fp16", "--cases", "reps",
-                      "lora", "their-sft", "--json", str(tmp_path / "count.json")])
-    assert json.loads((tmp_path / "count.json").read_text())["count"] == out["count"]
-    lines = capsys.readouterr().out.splitlines()
-    assert "counted, not run" in lines[0] and [line.split()[0]
-                                               for line in lines[2:]] == ["sft", "reps", "lora"]
+def test_the_command_prints_and_writes_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", CONFIG)
+    file = tmp_path / "count.json"
+    out = bench.main(["--shape", "tiny", "--batch", "2", "--tokens", "24", "--count", "--dtype",
+                      "fp16", "--cases", "reps", "lora", "their-sft", "--json", str(file)])
+    assert json.loads(file.read_text())["count"] == out["count"]
+    heading, names, *lines = capsys.readouterr().out.splitlines()
+    assert "counted, not run" in heading and names.split()[0] == "case"
+    assert [line.split()[0] for line in lines] == ["sft", "reps", "lora"]
     row = out["count"]["reps"]
-    assert [float(x) for x in lines[3].split()[1:]] == pytest.approx([row["tflop"], row["ratio_to_sft"], row["peak_gib"]],
-                                                                     abs=6e-3)
+    expected = [row["tflop"], row["ratio_to_sft"], row["peak_gib"]]
+    assert [float(x) for x in lines[1].split()[1:]] == pytest.approx(expected, abs=6e-3)
     assert 1.5 < row["ratio_to_sft"] < 2
 
 
+@pytest.mark.slow
+def test_the_module_itself_says_what_to_call():
+    done = subprocess.run([sys.executable, "-m", "lfu_min.cost.count"], capture_output=True,
+                          text=True, cwd=system.ROOT)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "python -m lfu_min.cost.bench --count" in done.stderr
+
+
 GROWTH = """
+from pathlib import Path
 import torch
 from lfu_min.cost import bench, count
 from lfu_min.engine import system
-s = bench.get_settings(["--shape", "SmolLM2-135M", "--batch", "4", "--tokens", "200", "--dtype", "fp32", "--device", "cpu"])
-model = bench.random_weights(s.config, s.device, torch.float32)
-before = system.peak_memory_mib(s.device)
-bench.add_lora(model)
-bench.our_step(model, "lora")(*bench.make_batches(s.config, 2, 4, 200, s.device))
-print(before, system.peak_memory_mib(s.device))
+config, cpu = bench.SHAPES["SmolLM2-135M"], torch.device("cpu")
+model = count.fresh_model(config, torch.float32)
+before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**10
+count.prepare(model, "lora", torch.float32)
+bench.our_step(model, "lora")(*bench.make_batches(config, 2, 4, 200, cpu))
+print(before, system.peak_memory_mib(cpu))
 """
 
 
@@ -124,8 +144,8 @@ def test_a_process_grows_by_what_was_counted():
                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     before, after = map(float, done.stdout.split())
     config = bench.SHAPES["SmolLM2-135M"]
-    weights = 4 * sum(p.numel() for p in count.empty_model(config,
-                                                           torch.float32).parameters()) / 2**20
+    model = count.fresh_model(config, torch.float32)
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
     counted = count.count_step(config, "lora", 4, 200)[1] / 2**20 - weights
     print(f"counted {counted:.0f} MiB beside the weights; the process grew by "
           f"{after - before:.0f} MiB")
@@ -133,11 +153,11 @@ def test_a_process_grows_by_what_was_counted():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("checkpointing", [None, "both"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gpu_allocates_about_what_was_counted(checkpointing):
     config, device = bench.SHAPES["SmolLM2-135M"], torch.device("cuda")
-    model = add_lora(bench.random_weights(config, device, torch.float16))
-    model.activation_checkpointing = bool(checkpointing)
+    with device:
+        model = count.prepared_model(config, "lora", torch.float16, checkpointing)
     torch.cuda.reset_peak_memory_stats()
     bench.our_step(model, "lora")(*bench.make_batches(config, 2, 4, 512, device))
     counted = count.count_step(config, "lora", 4, 512, dtype=torch.float16,
