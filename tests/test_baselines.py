@@ -260,6 +260,7 @@ def test_an_attention_mask_says_what_is_padding():
         added("prompt", model, ids, labels, attention_mask=mask[:, :8])
 
 
+@pytest.mark.slow
 def test_the_padded_form_is_transformers_hook():
     """integrations/neftune.py on the same weights, with the same random numbers."""
     quiet_transformers()

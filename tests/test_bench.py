@@ -262,6 +262,7 @@ def test_a_case_that_runs_out_of_memory_has_no_peak():
     assert bench.peak_memory(s, "sft") is None
 
 
+@pytest.mark.slow
 def test_evaluation_times_loading_tokenising_and_generation(tmp_path, capsys):
     file = tmp_path / "out.json"
     out = bench.main(["--model", str(BUNDLED), "--evaluation", str(DATA), "--dtype", "fp32",

@@ -78,6 +78,7 @@ def peak(aux="lora", tokens=24, config=CONFIG, dtype=torch.float16, **how):
     return count.count_step(config, aux, 2, tokens, dtype=dtype, **how)[1]
 
 
+@pytest.mark.slow
 def test_memory_behaves_as_the_flags_promise():
     assert peak("none") < peak("reps") < peak("lora") < peak("lora", dtype=torch.float32)
     assert peak("none", config=DEEPER, checkpointing=True) < peak("none", config=DEEPER)

@@ -52,6 +52,7 @@ def a_run_like(run, folder, **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_the_bundled_table_and_a_run_beside_its_base(run, tmp_path, capsys):
     files = contents(run)
     flat = script.main([str(run), "--limit", "3", "--max-new-tokens", "12", "--batch-size", "64",
@@ -146,6 +147,7 @@ def test_one_seed_is_not_counted_twice(run, tmp_path):
         "LfU-lora lr 0.001", "LfU-lora lr 0.002"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--attack", "--attack-steps", "0,2"], ["--wording"]],
                          ids=" ".join)
 def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
@@ -161,6 +163,7 @@ def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
 
 # ---- other measures
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, tasks_", [
     (["--noise"], [f"layer {l}" for l in range(7)]),
     (["--wording"], ["wording 0", "wording 6 (unseen)", "over wordings"]),
@@ -175,6 +178,7 @@ def test_robustness_flags_on_the_bundled_world(run, flag, tasks_, tmp_path):
         assert layer0[0] == layer0[1], "every run meets the same noise"
 
 
+@pytest.mark.slow
 def test_tasks_on_files_and_the_limit_that_is_said(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Ann has the key.\nBen has the box.\nWhat is 3 + 4?\n")
     rows = [json.loads(line) for line in PROBLEMS.read_text().splitlines()]

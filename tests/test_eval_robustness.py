@@ -89,6 +89,7 @@ def contents(folder):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_attack_learns_and_leaves_the_run_untouched(run):
     model, tokenizer = loaded(run)
     before, files = {n: p.clone() for n, p in model.state_dict().items()}, contents(run)

@@ -99,6 +99,7 @@ def looks(fig):
 
 # ---- the file, the look
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, width", [("scores", 6.8), ("wordings", 6.8), ("attack", 3.3),
                                          ("noise", 3.3), ("sweep", 6.8)])
 def test_width_font_and_both_files(kind, width, figures, folder):
@@ -236,6 +237,7 @@ def difference_panel(seeds, path):
     return fig.axes[1], drawing.STYLES["LfU-lora"][0]
 
 
+@pytest.mark.slow
 def test_the_paired_difference_over_examples_has_its_own_error(tmp_path):
     axis, color = difference_panel((0,), tmp_path)
     [points] = means(axis, color)
@@ -247,6 +249,7 @@ def test_the_paired_difference_over_examples_has_its_own_error(tmp_path):
     assert not faint(axis, color)
 
 
+@pytest.mark.slow
 def test_the_paired_difference_over_seeds_has_its_own_error(tmp_path):
     axis, color = difference_panel((0, 1, 2), tmp_path)
     [points] = means(axis, color)
@@ -258,6 +261,7 @@ def test_the_paired_difference_over_seeds_has_its_own_error(tmp_path):
         [0.002, 0.004, 0.006])
 
 
+@pytest.mark.slow
 def test_zero_is_a_line_that_is_called_sft(tmp_path):
     axis, _ = difference_panel((0, 1), tmp_path)
     zero = [line for line in axis.lines if len(line.get_ydata()) == 2 and not any(line.get_ydata())]
@@ -267,6 +271,7 @@ def test_zero_is_a_line_that_is_called_sft(tmp_path):
 
 # ---- names
 
+@pytest.mark.slow
 def test_names_beside_lines_keep_their_distance_or_become_a_legend(tmp_path):
     """Four noise curves: names at the right ends, pushed apart; attack curves that all end at 100
     %: a legend."""

@@ -113,6 +113,7 @@ def test_half_precision_is_what_it_says(monkeypatch):
 
 # ---- explain: train.py's first step, and its words ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--aux", "lora"], ["--aux", "reps", "--template", "alpaca"],
     ["--aux", "inplace", "--seed", "3", "--lam", "2", "--alpha", "0.5"]])

@@ -234,6 +234,7 @@ def test_control_strings_are_plain_text(tmp_path, structure):
     assert control & set(tokenizers.Tokenizer.from_str(json.dumps(file)).encode("x<think>y").ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["llama3", "smollm2"])
 @pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "!", "\u0301", "\x04", "_^", "\x1c!"],
                          ids=ascii)
@@ -245,6 +246,7 @@ def test_very_long_runs_do_not_crash(tmp_path, structure, unit):
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut_where_it_changes_nothing(tmp_path):
     for structure in STRUCTURES:
         file = file_of(structure)

@@ -74,6 +74,7 @@ def test_full_tuning_saves_a_folder_that_loads(tmp_path, words):
     assert (out / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_sft_and_lfu_see_the_same_batches_from_the_same_start(tmp_path, words):
     logs = [run(tmp_path, words, aux, "--aux", aux)[1] for aux in ("none", "lora", "reps")]
     for other in logs[1:]:
@@ -301,6 +302,7 @@ def test_bad_settings_are_refused_by_name_before_anything_is_written(tmp_path, w
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_script_says_what_is_wrong_in_one_line_and_exits_with_2(tmp_path):
     for flags in (["--lr", "-1"], ["--aux", "nonsense"]):
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path,
