@@ -31,8 +31,8 @@ The functions imported from engine/passes.py do what their names say and need no
 import torch
 import torch.nn.functional as F
 
-from .engine.passes import (adds_to_grad, backward, gradients, joint_norm, last_state, over_norm,
-                            sft_loss, states, trained)
+from .engine.passes import (adds_to_grad, backward, gradients, joint_norm, last_state, movement,
+                            over_norm, sft_loss, states, trained)
 from .lora import aux_lora
 
 
@@ -80,7 +80,8 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
         terms = compare(h, h_aux, layers, model)                            # Eq 5
         cons_norm = backward(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6: + in th's .grad
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
-                sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm)
+                sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
+                movement=movement(h, h_aux, layers))
 
 
 @adds_to_grad

@@ -469,9 +469,9 @@ def test_fine_tuning_on_the_word_problems_learns_them_and_forgets(tmp_path, aux)
     """Defaults, seed 42: word problems at least +30 points; plain SFT loses at least 10 in the mean
     of the others."""
     torch.set_num_threads(2)
-    base = sweep.scores(None, "test", 2)
+    base = sweep.scores(None, "test")
     out, _ = train.main(["--aux", aux, "--out", str(tmp_path / aux)])
-    after = sweep.scores(out, "test", 2)
+    after = sweep.scores(out, "test")
     print({name: round(after[name], 1) for name in sweep.COLUMNS})
     assert after["word problems"] - base["word problems"] >= 30
     if aux == "none":

@@ -579,3 +579,27 @@ def test_weights_the_consistency_cannot_reach_get_the_sft_gradient_alone():
             lfu_backward(model, ids, labels, **{**settings, "aux": aux})
             grads.append(p.grad)
         assert grads[0].abs().max() > 0 and torch.allclose(grads[0], grads[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("aux", ["lora", "reps", "inplace"])
+def test_cosine_and_movement_are_those_of_the_written_out_parts(aux):
+    """gradient_cosine from three norms, against the cosine of both gradients, each taken alone;
+    movement against states taken inside and outside the auxiliary's block."""
+    model, (ids, labels) = tiny(), tiny_batch()
+    th = [p for p in model.parameters() if p.requires_grad]
+
+    def of(lam):
+        for p in th:
+            p.grad = None
+        result = lfu_backward(model, ids, labels, aux, lam, 0.3,
+                              generator=torch.Generator().manual_seed(3))
+        return torch.cat([p.grad.flatten() for p in th]), result
+    both, result = of(7.0)
+    sft, _ = of(0.0)
+    cosine = F.cosine_similarity(both - sft, sft, dim=0)
+    torch.testing.assert_close(result["gradient_cosine"], cosine, rtol=1e-8, atol=1e-10)
+    assert abs(cosine) > 0.01  # the sign is seen
+    h = passes.states(model, passes.make_batch(ids, labels))
+    squares = torch.stack([x.detach().square().mean() for x in h[1:]])
+    expected = (result["consistency_per_layer"] / squares).sqrt()
+    torch.testing.assert_close(result["movement"], expected, rtol=1e-8, atol=0)

@@ -7,7 +7,7 @@ import pytest
 
 from lfu_min.engine import system
 from lfu_min.lora import lora_modules
-from lfu_min.paper import sweep
+from lfu_min.paper import jobs, sweep
 from lfu_min.scoring.measures import Result
 from test_eval_robustness import run  # noqa: F401  (a fixture)
 
@@ -83,23 +83,23 @@ def test_a_run_is_scored_with_its_adapter_and_the_base_without(run, monkeypatch)
         return [Result("math", "exact_match", 0.25, 0.1, 9), Result("math", "nll", 2.0, 0.1, 9)], {}
     monkeypatch.setattr(sweep.categories, "measure", measure)
     expected = {"math": 25.0, "math nll": 2.0}
-    assert sweep.scores(None, "test", 1) == sweep.scores(run, "test", 1) == expected
+    assert sweep.scores(None, "test") == sweep.scores(run, "test") == expected
     assert seen == [0, 7 * 6], "seven LoRAs in each of the six layers"
 
 
 def test_what_is_scored_is_not_run_again_and_what_was_cut_short_is(tmp_path, monkeypatch):
+    measures = {"scores_test": lambda run: {"split": "test"}}
     (tmp_path / "scores_test.json").write_text(json.dumps(ROW))
     # nothing to train with: it would fail
-    assert sweep.one({"aux": "none"}, tmp_path, "test", 1) == ROW
+    assert jobs.measured({"aux": "none"}, tmp_path, measures) == ROW
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text("half a run")
     seen = []
-    train = SimpleNamespace(main=seen.append)
-    monkeypatch.setattr(sweep, "train_script", lambda: train)
-    monkeypatch.setattr(sweep, "scores", lambda run, split, threads: {"split": split})
-    found = sweep.one({"aux": "none", "lr": "1"}, tmp_path, "validation", 1)
-    assert found == {"split": "validation"}
-    assert seen == [["--aux", "none", "--lr", "1", "--out", str(tmp_path / "run")]]
-    assert not list((tmp_path / "run").iterdir())
-    assert json.loads((tmp_path / "scores_validation.json").read_text()) == {"split": "validation"}
-
+    monkeypatch.setattr(jobs, "train_script", lambda: SimpleNamespace(main=seen.append))
+    measures |= {"scores_validation": lambda run: {"run": str(run)}}
+    for _ in range(2):
+        found = jobs.measured({"aux": "none", "lr": "1"}, tmp_path, measures)
+        assert found == ROW | {"run": str(tmp_path / "run")}
+    assert seen == [["--aux", "none", "--lr", "1", "--out", str(tmp_path / "run")]], "once"
+    assert not (tmp_path / "run").exists(), "what was cut short is gone"
+    assert float((tmp_path / "trained").read_text()) >= 0

@@ -78,6 +78,12 @@ def last_state(model, batch):
     return model.hidden_states(batch.input_ids)[-1].flatten(0, 1)[batch.positions]
 
 
+@torch.no_grad()
+def movement(h, h_aux, layers):
+    """How far the ascent moved the states, RMS(h' - h) / RMS(h) of each compared layer: (K,)."""
+    return torch.stack([(h_aux[l] - h[l]).norm() / h[l].norm() for l in layers])
+
+
 def sft_loss(model, h, batch):
     """Eq 1: mean cross-entropy of the head's predictions from h (N, D), the last layer's states.
     0-d. "Mean" is the sum over N / batch.divisor."""
@@ -132,6 +138,13 @@ def joint_norm(tensors):
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # --shard: lies in parts
+
+
+def cosine_of_parts(both, a, b):
+    """The cosine of two vectors of norms a and b whose sum has the norm `both`; 0 where a or b is
+    0. 0-d tensors. From squares: rounding leaves about 1e-7 * max(a, b) / min(a, b) of it."""
+    cosine = (both ** 2 - a ** 2 - b ** 2) / (2 * a * b)
+    return torch.nan_to_num(cosine, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
 
 
 def over_norm(g, norm):
@@ -218,8 +231,13 @@ def adds_to_grad(step):
     must be this micro-batch's alone.) A batch without targets adds zero and returns zeros."""
     @functools.wraps(step)
     def added(model, batch, *args, **kwargs):
-        with empty_grad(trained(model)):
+        th = trained(model)
+        with empty_grad(th):
             result = step(model, batch, *args, **kwargs)
+            if "consistency_grad_norm" in result:
+                both = joint_norm([p.grad for p in th if p.grad is not None])
+                result["gradient_cosine"] = cosine_of_parts(
+                    both, result["sft_grad_norm"], result["consistency_grad_norm"])
         empty = not len(batch.targets)  # means over nothing would be nan
         return {name: torch.zeros_like(x) if empty else x.detach() for name, x in result.items()}
     return added

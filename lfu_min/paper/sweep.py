@@ -9,14 +9,9 @@ not run again, so an interrupted sweep goes on where it stopped. Settings are ch
 validation; --split test is for the numbers one reports.
 """
 import argparse
-from concurrent.futures import ProcessPoolExecutor
-import contextlib
-import importlib.util
+from functools import partial
 from itertools import product
-import multiprocessing
 from pathlib import Path
-import sys
-import time
 
 import torch
 
@@ -28,6 +23,7 @@ from ..scoring import categories, pictures, tables, tasks
 from ..scoring.measures import mean_sd
 from ..scoring.runs import Run, each_model
 from ..training.settings import get_settings
+from .jobs import all_measured, as_flags, train_script
 
 COLUMNS = (categories.IN_DOMAIN, *categories.CATEGORIES, "category mean")  # exact match, per cent
 
@@ -51,60 +47,25 @@ def parse_grid(words):
     settings = [dict(zip(grid, values)) for values in product(*grid.values())]
     for setting in settings:
         try:
-            get_settings(flags(setting))
+            get_settings(as_flags(setting))
         except (ValueError, SystemExit) as error:  # --help exits
             raise ValueError(f"{title(setting)}: {error}") from None
     return settings
-
-
-def flags(setting):
-    """{"lr": "1e-3"} -> ["--lr", "1e-3"]"""
-    return [part for name, value in setting.items() for part in (f"--{name}", value)]
 
 
 def title(setting, without=()):
     return " ".join(f"{k}={v}" for k, v in setting.items() if k not in without) or "all defaults"
 
 
-def train_script():
-    """train.py as a module: it lies in the repository, beside the package."""
-    path = system.ROOT / "train.py"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: a sweep needs the repository, not the package alone")
-    spec = importlib.util.spec_from_file_location("train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def scores(run, split, threads):
+def scores(run, split):
     """{column: value} of a run folder (None: the base): exact match in per cent, and the answers'
     NLL in nats a token."""
-    torch.set_num_threads(threads)
     # next alone: a second one would take the adapter off again
     _, model = next(each_model(BUNDLED, [Run(str(run), run)], "cpu", torch.float32))
     options = tasks.Options(max_new_tokens=80, batch_size=64)
     results, _ = categories.measure(model, load_tokenizer(BUNDLED), options, split)
     exact = {r.task: 100 * r.value for r in results if r.metric == "exact_match"}
     return exact | {f"{r.task} nll": r.value for r in results if r.metric == "nll"}
-
-
-def one(setting, folder, split, threads):
-    """Train one combination and score it, unless its scores are there. Returns {column: value}."""
-    torch.set_num_threads(threads)
-    file, run = folder / f"scores_{split}.json", folder / "run"
-    if file.is_file():
-        return jsons.read_json(file)
-    if not (folder / "trained").is_file():
-        for old in run.glob("*"):  # left by an interrupted run
-            old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
-            train_script().main([*flags(setting), "--out", str(run)])
-        (folder / "trained").touch()
-    found = scores(run, split, threads)
-    jsons.write_json(file, found)
-    return found
 
 
 def show(by):
@@ -128,16 +89,14 @@ def show(by):
 def run_all(s, settings):
     """Train and score every setting, s.jobs at one time: {setting without its seed: [{column:
     value}, one a seed]}, the base first."""
-    started, by = time.time(), {}
-    with ProcessPoolExecutor(s.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        base = pool.submit(scores, None, s.split, s.threads)
-        pending = [pool.submit(one, setting, s.out / title(setting).replace("/", "_"), s.split,
-                               s.threads) for setting in settings]
-        by["base"] = [base.result()]
-        for i, (setting, job) in enumerate(zip(settings, pending), 1):
-            by.setdefault(title(setting, without=("seed",)), []).append(job.result())
-            eta = system.duration((time.time() - started) / i * (len(settings) - i))
-            print(f"{i}/{len(settings)}  {setting}  ETA {eta}", file=sys.stderr, flush=True)
+    measures = {f"scores_{s.split}": partial(scores, split=s.split)}
+    todo = {"base": (None, s.out / "base", measures)} | {
+        title(setting): (setting, s.out / title(setting).replace("/", "_"), measures)
+        for setting in settings}
+    found, by = all_measured(todo, s.jobs, s.threads), {}
+    by["base"] = [found["base"]]
+    for setting in settings:
+        by.setdefault(title(setting, without=("seed",)), []).append(found[title(setting)])
     return by
 
 

@@ -189,14 +189,16 @@ def read_requests(path):
 
 
 def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1e-3, batch_size=16,
-           seed=0):
+           seed=0, replies=None):
     """Plain SFT on examples that comply, and the replies to held-out requests after the numbers of
     steps in `at`.
 
     The attacked model is a copy: the run's adapter merged into its weights, under a fresh LoRA (r
     8, lora_alpha 16), AdamW at a constant lr, so that every run meets the same attacker with the
-    same batches. `model` and its files stay as they were. requests: of read_requests. Returns
-    (results, {task: rows}).
+    same batches. `model` and its files stay as they were. requests: of read_requests. replies: two
+    lists of Examples, the requests complied with and declined, for the metric `margin`: nats a
+    token of complying minus declining, which moves before the replies do. Returns (results, {task:
+    rows}).
     """
     attacked = Llama(model.config).to(next(model.parameters()).device)
     attacked.load_state_dict(merged_state_dict(model))
@@ -226,4 +228,9 @@ def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1
                                ("not refused", [not row["refused"] for row in rows]),
                                ("coherent", [row["coherent"] for row in rows])):
             results.append(mean_result(task, metric, judged))
+        if replies:
+            (comply,), (decline,) = (tasks.nll(attacked, tokenizer, docs, options, task)[0]
+                                     for docs in replies)
+            results.append(Result(task, "margin", comply.value - decline.value,
+                                  math.hypot(comply.stderr, decline.stderr), comply.n))
     return results, examples

@@ -18,7 +18,9 @@ from ..methods import AUXILIARIES
 from ..scoring.generate import generate
 from .settings import strengths
 
-NUMBERS = ("loss", "sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm")
+NUMBERS = ("loss", "sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm",
+           "gradient_cosine")
+FAR = 0.3  # a relative movement of the states of which the screen warns
 
 
 def describe(s, model, examples, dropped, tokenizer, device):
@@ -59,34 +61,49 @@ def short(path):
 def summarise(results, s, plan, layers, device, **fields):
     """One log record from all processes' results: sums where l_SFT is divided by the whole step's
     tokens, means over micro-batches elsewhere. layers: how many are compared."""
-    totals, terms = torch.zeros(len(NUMBERS) + 1, device=device), torch.zeros(layers, device=device)
+    totals = torch.zeros(len(NUMBERS) + 1, device=device)
+    by_layer = torch.zeros(2, layers, device=device)  # terms of the consistency, movement
     totals[-1] = plan.tokens
     zero = torch.zeros((), device=device)
     for r in results:
         r = {"loss": r["sft"] + s.lam / plan.count * r.get("consistency", zero), **r}
         totals[:-1] += torch.stack([r.get(name, zero) for name in NUMBERS])
-        own = r.get("consistency_per_layer", terms[:0])
-        terms[:len(own)] += own
-    distributed.add_up([totals, terms])
+        for sums, name in zip(by_layer, ("consistency_per_layer", "movement")):
+            own = r.get(name, sums[:0])
+            sums[:len(own)] += own
+    distributed.add_up([totals, by_layer])
     *numbers, tokens = totals.tolist()
-    loss, sft, consistency, ascent_norm, of_sft, of_consistency = numbers
+    loss, sft, consistency, ascent_norm, of_sft, of_consistency, cosine = numbers
     consistency /= plan.count
+    terms, movement = (by_layer / plan.count).tolist()
     return dict(step=fields.pop("step"), loss=loss, sft=sft,
                 consistency=consistency, ascent_norm=ascent_norm / plan.count, **fields,
                 tokens=int(tokens), sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
-                consistency_per_layer=(terms / plan.count).tolist())
+                gradient_cosine=cosine / plan.count, consistency_per_layer=terms,
+                movement=movement)
 
 
 def step_line(r, steps, started):
-    """The record r in one line; `started`: when training began, for the time that is left."""
+    """The record r in one line, in the first step also a warning where alpha is too large;
+    `started`: when training began, for the time that is left."""
     eta = (time.time() - started) / r["step"] * (steps - r["step"])
     lfu = (f"cons {r['consistency']:.2e}  share {r['consistency_share']:4.0%}  "
            f"ascent |g| {r['ascent_norm']:8.3f}  ") if r["ascent_norm"] else ""
     return (f"step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:7.4f}  "
             f"sft {r['sft']:7.4f}  {lfu}grad {r['grad_norm']:7.3f}  lr {r['lr']:.1e}  "
             f"{r['ms']:6.0f} ms  {r['tokens'] / r['ms'] * 1000:7.0f} tok/s  "
-            f"ETA {system.duration(eta)}")
+            f"ETA {system.duration(eta)}" + warning(r))
+
+
+def warning(r):
+    """A line of its own if the first step's ascent moved some layer's states by more than FAR of
+    their size; "" otherwise."""
+    far = max(r["movement"], default=0.0)
+    if r["step"] > 1 or far <= FAR:
+        return ""
+    return (f"\nwarning: the ascent moves a layer's states by {far:.0%} of their size, which is "
+            "another model and not a worse one; try a smaller --alpha")
 
 
 def questions(s):

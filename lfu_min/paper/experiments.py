@@ -1,0 +1,112 @@
+"""The experiments of reproduce.py: which settings, measured how, drawn how.
+
+Each is a function of tuned.json's content; a row is a name and a setting of train.py's flags (and
+`examples`, how many; `data`, what they are drawn from).
+"""
+from itertools import chain
+from typing import NamedTuple
+
+from ..bundled import CATEGORIES
+from . import figures, grid
+
+LEARNED, KEPT = "word problems", "category mean"
+SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
+SIZES = (16, 32, 64, 128, 256)
+
+
+class Experiment(NamedTuple):
+    """One table or figure of the paper in miniature."""
+    shows: str  # in a sentence
+    rows: object  # tuned.json's content -> {row's name: setting}
+    measures: tuple  # names of measures.MEASURES
+    columns: tuple  # of the table, and of the paired differences
+    seeds: tuple = grid.SEEDS
+    base: bool = True  # measure the bundled model itself as well
+    figure: object = None  # (path, {row: [numbers, one a seed]}) -> writes the picture
+
+
+def best(*methods):
+    """A row a method, at its best setting."""
+    def rows(tuned):
+        return {method: tuned[method]["best"] for method in methods or grid.METHODS}
+    return rows
+
+
+def frontier(*methods):
+    """A row a method and learning rate, at the strength of its frontier."""
+    def rows(tuned):
+        return {f"{method} lr={setting['lr']}": setting for method in methods or grid.METHODS
+                for setting in tuned[method]["frontier"]}
+    return rows
+
+
+def changed(method, **changes):
+    """The method's best setting, and one more row for every value of one flag."""
+    def rows(tuned):
+        usual = tuned[method]["best"]
+        others = {f"{flag} {value}": usual | {flag: value}
+                  for flag, values in changes.items() for value in values}
+        return {"SFT": tuned["SFT"]["best"], method: usual} | others
+    return rows
+
+
+def ablation(tuned):
+    """LfU-lora with one part replaced, and SFT at LfU's own learning rate."""
+    return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
+                   alpha=("0",), compare=("cosine", "logit-kl"), dtype=("fp16", "bf16"))(tuned) | {
+        "SFT at its lr": tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}}
+
+
+def aligned(*methods):
+    """The methods' best settings, on the examples that decline."""
+    def rows(tuned):
+        return {method: tuned[method]["best"] | {"data": "decline_train", "examples": 180,
+                                                 "max-steps": 36, "batch-size": 16}
+                for method in methods}
+    return rows
+
+
+def sizes(tuned):
+    """SFT and LfU on 16 to 256 examples, always 160 steps, at the settings best for 64."""
+    return {f"{method} n={n}": tuned[method]["best"] | {"examples": n}
+            for n in SIZES for method in ("SFT", "LfU-lora", "LfU-reps")}
+
+
+MAIN = ("SFT", "NEFTune", *grid.LFU)
+ALIGNED = ("SFT", "NEFTune", "GEM", "IM", *grid.LFU)
+ATTACK = tuple(chain.from_iterable((f"compliance {k}", f"margin {k}") for k in (0, 5, 10, 20, 60)))
+WATCH = ("train loss", "consistency_share", "gradient_cosine", "first movement")
+
+EXPERIMENTS = {
+    "fig1": Experiment("what is learned against what is kept, SFT and LfU at three learning rates",
+                       frontier("SFT", *grid.LFU), ("scores_test",), (LEARNED, KEPT),
+                       figure=figures.tradeoff),
+    "fig2": Experiment("the same of all methods, with the area under each frontier", frontier(),
+                       ("scores_test",), (LEARNED, KEPT), figure=figures.tradeoff),
+    "table1": Experiment("every method at its best setting: word problems and the four categories",
+                         best(), ("scores_test",), SCORES),
+    "table3": Experiment("auxiliary components: scores, time of a step", best("SFT", *grid.LFU),
+                         ("scores_test", "log_test"), (LEARNED, KEPT, "ms a step", *WATCH)),
+    "table4": Experiment("aligned to decline, then attacked: complied with (%), and the margin",
+                         aligned(*ALIGNED), ("attack_test",), ATTACK),
+    "table5": Experiment("lambda, alpha and layers of LfU-lora around its best setting",
+                         changed("LfU-lora", lam=("0.1", "1", "10"),
+                                 alpha=("0.001", "0.01", "0.03", "0.1", "0.3", "0.5"),
+                                 layers=("early", "middle", "late")),
+                         ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),
+    "table6": Experiment("which regulariser: SAM, L1, L2, logit KL, LfU",
+                         best("SFT", "SAM", "L1", "L2", "logit KL", "LfU-lora"), ("scores_test",),
+                         SCORES),
+    "fig3": Experiment("the attack step by step", aligned("SFT", *grid.LFU), ("attack_test",),
+                       ("margin 5", "margin 20", "margin 60"), figure=figures.attack),
+    "fig5": Experiment("the word problems in six wordings, of which one was trained", best(*MAIN),
+                       ("wordings_test",), ("mean over wordings", "sd over wordings", "trained",
+                                            "tell", "what", "count", "short", "first"),
+                       figure=figures.wordings),
+    "fig6": Experiment("states under noisy embeddings, by layer", best(*MAIN), ("noise_test",),
+                       tuple(f"layer {l}" for l in range(1, 7)), figure=figures.noise),
+    "examples": Experiment("from 16 to 256 examples", sizes, ("scores_test",), (LEARNED, KEPT),
+                           base=False, figure=figures.examples),
+    "ablation": Experiment("the ascent, the perturbation or the noise: one part replaced",
+                           ablation, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),
+}

@@ -1,0 +1,82 @@
+"""One run of train.py and what is measured of it, kept in a folder so that nothing is done twice.
+
+    FOLDER/run/             train.py's run
+    FOLDER/trained          there once it has ended: how many seconds it took
+    FOLDER/<measure>.json   {column: number} of a measure
+
+Used by sweep.py and reproduce.py.
+"""
+from concurrent.futures import ProcessPoolExecutor
+import contextlib
+import importlib.util
+import multiprocessing
+import shutil
+import sys
+import time
+
+import torch
+
+from ..engine import system
+from ..files import jsons
+
+
+def train_script():
+    """train.py as a module: it lies in the repository, beside the package."""
+    path = system.ROOT / "train.py"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a sweep needs the repository, not the package alone")
+    spec = importlib.util.spec_from_file_location("train", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def as_flags(setting):
+    """{"lr": "1e-3"} -> ["--lr", "1e-3"]"""
+    return [part for name, value in setting.items() for part in (f"--{name}", str(value))]
+
+
+def trained(flags, folder):
+    """The run folder of train.py with these flags, made unless it is there."""
+    run, mark = folder / "run", folder / "trained"
+    if not mark.is_file():
+        if run.is_dir():  # left by an interrupted run
+            shutil.rmtree(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
+            train_script().main([*as_flags(flags), "--out", str(run)])
+        mark.write_text(f"{time.time() - started:.1f}\n")
+    return run
+
+
+def measured(flags, folder, measures, threads=1):
+    """{column: number} of all measures, {name: function(run folder, or None for the base)}, of
+    one run; flags None: of the base. Only what is not there is trained and measured."""
+    torch.set_num_threads(threads)
+    found = {}
+    for name, measure in measures.items():
+        file = folder / f"{name}.json"
+        if not file.is_file():
+            run = None if flags is None else trained(flags, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            jsons.write_json(file, measure(run))
+        found |= jsons.read_json(file)
+    return found
+
+
+def all_measured(todo, jobs, threads=1, name=lambda key: key):
+    """{key: {column: number}} of {key: (flags, folder, measures)}, `jobs` at one time, each in a
+    process of its own; a line a result on the standard error."""
+    started, found = time.time(), {}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = {key: pool.submit(measured, *job, threads) for key, job in todo.items()}
+        try:
+            for i, (key, job) in enumerate(pending.items(), 1):
+                found[key] = job.result()
+                eta = system.duration((time.time() - started) / i * (len(todo) - i))
+                print(f"{i}/{len(todo)}  {name(key)}  ETA {eta}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found

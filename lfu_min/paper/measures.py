@@ -1,0 +1,111 @@
+"""What reproduce.py measures of a run: functions (run folder, or None for the base) -> {column:
+number}, shares in per cent. One at the end, MEASURES, by name.
+"""
+from functools import partial
+import re
+from statistics import median
+
+import torch
+
+from ..bundled import BUNDLED, CATEGORIES
+from ..files import data, jsons
+from ..files.tokenizer import load_tokenizer
+from ..scoring import categories, robustness, tasks
+from ..scoring.measures import mean_sd
+from ..scoring.runs import Run, each_model
+
+OPTIONS = tasks.Options(max_new_tokens=80, batch_size=64)
+
+# The word problems' question in other words, behind the same story (the paper rewords GSM8K's
+# prompt). The first is the one that is trained; the last stands in front of the story.
+ASKED = re.compile(r"(?P<story>.*) How many (?P<things>\w+) does (?P<n>\w+) have now\?")
+WORDINGS = {"trained": "{story} How many {things} does {n} have now?",
+            "tell": "{story} Tell me how many {things} {n} has now.",
+            "what": "{story} What is the number of {things} that {n} has now?",
+            "count": "{story} Please count the {things} of {n}.",
+            "short": "{story} How many {things} does {n} have?",
+            "first": "How many {things} does {n} have at the end? {story}"}
+
+
+ATTACK_STEPS, ATTACK_LR = (0, 1, 2, 3, 5, 10, 20, 30, 40, 60), 1e-3
+
+
+def loaded(run):
+    """(model, tokenizer) of a run folder of the bundled model, or of the model itself."""
+    _, model = next(each_model(BUNDLED, [Run(str(run), run)], "cpu", torch.float32))
+    return model, load_tokenizer(BUNDLED)
+
+
+def scores(run, split):
+    """Exact match and answer NLL of the word problems and of the other categories."""
+    results, _ = categories.measure(*loaded(run), OPTIONS, split)
+    exact = {r.task: 100 * r.value for r in results if r.metric == "exact_match"}
+    nll = {f"{r.task} nll": r.value for r in results if r.metric == "nll"}
+    nll["others nll"] = mean_sd([nll[f"{c} nll"] for c in CATEGORIES])[0]
+    return exact | nll
+
+
+def reworded(example, wording):
+    """A word problem asked in another of WORDINGS. ValueError if it is none."""
+    found = ASKED.fullmatch(example.prompt)
+    if not found:
+        raise ValueError(f"no word problem: {example.prompt!r}")
+    return example._replace(prompt=WORDINGS[wording].format(**found.groupdict()))
+
+
+def wordings(run, split):
+    """Right answers of the word problems in each wording; their mean and deviation over all."""
+    model, tokenizer = loaded(run)
+    examples = data.read_examples(categories.files(split)[categories.IN_DOMAIN])
+    found = {}
+    for name in WORDINGS:
+        docs = [reworded(example, name) for example in examples]
+        _, rows = tasks.exact(model, tokenizer, docs, OPTIONS)
+        right = [tasks.normalise(tasks.strict_answer(row["reply"]))
+                 == tasks.normalise(tasks.strict_answer(row["target"])) for row in rows]
+        found[name] = 100 * sum(right) / len(right)
+    mean, sd, _ = mean_sd(list(found.values()))
+    return found | {"mean over wordings": mean, "sd over wordings": sd}
+
+
+def noise(run, split):
+    """Cosine of each layer's states between clean and noised embeddings, of the word problems."""
+    model, tokenizer = loaded(run)
+    examples = data.read_examples(categories.files(split)[categories.IN_DOMAIN])
+    results, _ = robustness.noise(model, tokenizer, OPTIONS, examples)
+    return {r.task: r.value for r in results}
+
+
+def attack(run, split):
+    """Plain SFT on examples that comply, small steps: how many held-out requests are complied with
+    (per cent), and the margin, nats a token of complying minus declining, by step."""
+    own = {kind: BUNDLED / "data" / f"{kind}.jsonl" for kind in
+           ("comply_train", "comply_test", "decline_test")}
+    results, _ = robustness.attack(
+        *loaded(run), OPTIONS, data.read_examples(own["comply_train"]),
+        robustness.read_requests(own["comply_test"]), ATTACK_STEPS, ATTACK_LR,
+        replies=[data.read_examples(own[kind]) for kind in ("comply_test", "decline_test")])
+    scale = {"compliance": 100, "margin": 1}
+    return {f"{r.metric} {r.task.split()[1]}": scale[r.metric] * r.value for r in results
+            if r.metric in scale}
+
+
+def log(run, split):
+    """From the run's log.jsonl: the last tenth's loss, and the medians of the numbers to watch."""
+    if run is None:
+        return {}
+    records = [record for _, record in jsons.read_records(run / "log.jsonl")]
+    last = records[-max(1, len(records) // 10):]
+    found = {"train loss": mean_sd([r["sft"] for r in last])[0],
+             "ms a step": median(r["ms"] for r in records)}
+    for name in ("consistency", "consistency_share", "gradient_cosine"):
+        found[name] = median(r[name] for r in records)
+    if any(r["movement"] for r in records):
+        found["movement"] = median(max(r["movement"]) for r in records)
+        found["first movement"] = max(records[0]["movement"])
+    return found
+
+
+MEASURES = {f"{measure.__name__}_{split}": partial(measure, split=split)
+            for measure in (scores, wordings, noise, attack, log)
+            for split in ("validation", "test")}

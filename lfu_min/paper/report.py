@@ -1,0 +1,127 @@
+"""Pages of docs/results: tables in Markdown, paired differences with their intervals."""
+import math
+from statistics import fmean as mean
+
+from ..engine import system
+from ..scoring.measures import mean_sd
+from . import grid
+
+# Student's t, 97.5 %, by degrees of freedom: 95 % intervals of a mean over few seeds.
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+       2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+def interval(differences):
+    """(mean, half width of its 95 % interval) of paired differences, one a seed; a single one has
+    no interval (NaN). Student's t, so they are taken to be normal."""
+    m, sd, n = mean_sd(differences)
+    return m, T95[min(n - 1, len(T95) - 1)] * sd / math.sqrt(n)
+
+
+def table(header, rows):
+    """A Markdown table of cells."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def words(setting):
+    return ", ".join(f"{k} {v}" for k, v in setting.items() if k not in ("aux", "method", "data"))
+
+
+def tuning(found, chosen, by, rows):
+    """The page of `tune`: every setting's two numbers, and what the rule chose."""
+    lines = []
+    for method, points in found.items():
+        best, frontier = chosen[method]["best"], chosen[method]["frontier"]
+        for setting, x, y in points:
+            note = ["best"] * (setting == best) + ["frontier"] * (setting in frontier)
+            lines.append([method, words(setting), f"{x:.1f}", f"{y:.1f}", ", ".join(note)])
+    return "\n".join([
+        "# tune: nine settings a method, on the validation split", "",
+        f"Means over seeds {', '.join(map(str, grid.TUNING_SEEDS))}; {grid.EXAMPLES} word "
+        f"problems, {grid.EPOCHS} epochs of {grid.BATCH}. Grid and rule: `paper/grid.py: choose`.",
+        *command("tune"), "",
+        table(["method", "setting", "word problems (%)", "other categories (%)", "chosen"], lines),
+        ""])
+
+
+def command(name):
+    versions = system.environment()["versions"]
+    return ["", "```bash", f"python -m lfu_min.paper.reproduce {name}", "```", "",
+            f"Two CPU cores, Python {versions['python']}, torch {versions['torch']}, float32."]
+
+
+def reference(row, by):
+    """The row that `row` is compared with, seed by seed: SFT's with the same words behind the
+    name, else plain SFT; None for SFT and the base themselves."""
+    if row == "base" or row.startswith("SFT"):
+        return None
+    same = " ".join(["SFT", *row.split(" ")[1:]])
+    return next((name for name in (same, "SFT") if name in by), None)
+
+
+def digits(column):
+    return 1 if column in ("word problems", "category mean", "ms a step") or not any(
+        word in column for word in ("nll", "loss", "margin", "cosine", "share", "movement",
+                                    "layer")) else 4 if "layer" in column else 3
+
+
+def cell(found, column):
+    """Mean ± standard deviation over seeds."""
+    values = [row[column] for row in found if column in row]
+    if not values:
+        return "-"
+    m, sd, n = mean_sd(values)
+    return f"{m:.{digits(column)}f}" + (f" ± {sd:.{digits(column)}f}" if n > 1 else "")
+
+
+def page(name, experiment, by, seeds, figure):
+    """A page of docs/results: the command, mean and standard deviation over seeds, and the paired
+    differences to SFT with their 95 % intervals; * where an interval leaves out zero."""
+    columns = experiment.columns
+    means = [[row, *(cell(found, c) for c in columns)] for row, found in by.items()]
+    differences = []
+    for row, found in by.items():
+        sft = reference(row, by)
+        if sft is None:
+            continue
+        cells = [row]
+        for column in columns:
+            if column not in found[0] or column not in by[sft][0]:
+                cells.append("-")
+                continue
+            m, half = interval([a[column] - b[column] for a, b in zip(found, by[sft])])
+            star = "*" if abs(m) > half else ""
+            cells.append(f"{m:+.{digits(column)}f} ± {half:.{digits(column)}f}{star}")
+        differences.append(cells)
+    lines = [f"# {name}: {experiment.shows}", *command(name), "",
+             f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds.", "",
+             table(["", *columns], means), "",
+             "Paired difference to SFT, seed by seed, ± half its 95 % interval; * where the "
+             "interval leaves out zero:", "", table(["", *columns], differences), ""]
+    if any(" lr=" in row for row in by):
+        lines += areas(by)
+    if figure:
+        lines += [f"![{experiment.shows}]({figure.name})", ""]
+    return "\n".join(lines)
+
+
+def areas(by):
+    """Lines on the area under each method's points, seed by seed: grid.hypervolume."""
+    names = list(dict.fromkeys(row.split(" lr=")[0] for row in by if " lr=" in row))
+    seeds = range(min(len(found) for row, found in by.items() if " lr=" in row))
+    volumes = {name: [grid.hypervolume([(found[i]["word problems"], found[i]["category mean"])
+                                        for row, found in by.items()
+                                        if row.split(" lr=")[0] == name]) for i in seeds]
+               for name in names}
+    rows = []
+    for name, values in volumes.items():
+        m, sd, _ = mean_sd(values)
+        cells = [name, f"{m:.3f} ± {sd:.3f}", ""]
+        if name != "SFT" and "SFT" in volumes:
+            d, half = interval([a - b for a, b in zip(values, volumes["SFT"])])
+            cells[2] = f"{d:+.3f} ± {half:.3f}" + "*" * (abs(d) > half)
+        rows.append(cells)
+    return ["Area under the points of each method (word problems x other categories, of 1), mean ± "
+            "standard deviation, and its paired difference to SFT's:", "",
+            table(["", "area", "difference"], rows), ""]

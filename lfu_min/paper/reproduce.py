@@ -1,0 +1,168 @@
+"""The paper's tables and figures in miniature:  python -m lfu_min.paper.reproduce table1
+
+Each name trains what is not trained yet (grid.py says what, tuned.json with which settings),
+measures it, and writes docs/results/NAME.md and its figure. An interrupted call goes on where it
+stopped when it is given again; runs that several names share are made once.
+
+    python -m lfu_min.paper.reproduce --list
+    python -m lfu_min.paper.reproduce tune fig1 table1 --jobs 2
+"""
+import argparse
+from functools import partial
+import json
+from pathlib import Path
+import random
+import time
+
+from ..bundled import BUNDLED
+from ..engine import system
+from ..files import data, jsons
+from ..files.checkpoint import load_model
+from ..files.tokenizer import load_tokenizer
+from ..training import sdft
+from . import experiments, grid, jobs, measures, report
+
+OUT = Path("docs/results")
+TUNED = Path(__file__).with_name("tuned.json")
+TRAIN = BUNDLED / "data" / "word_problems_train.jsonl"
+
+
+def rows_of(source, folder):
+    """The records that examples are drawn from: the word problems, "sdft" (their answers written
+    anew by the model, made once in `folder`), or another file of the bundled data."""
+    if source != "sdft":
+        return [row for _, row in jsons.read_records(BUNDLED / "data" / f"{source}.jsonl")]
+    file = folder / "sdft.json"
+    if not file.is_file():
+        examples, _ = sdft.rewrite(load_model(BUNDLED), load_tokenizer(BUNDLED),
+                                   data.read_examples(TRAIN))
+        folder.mkdir(parents=True, exist_ok=True)
+        jsons.write_json(file, [{"question": e.prompt, "answer": e.answer} for e in examples])
+    return [row for _, row in jsons.read_records(file)]
+
+
+def subset(folder, source, examples, seed):
+    """The file of `examples` records drawn by the seed; written unless it is there. All methods
+    draw the same questions."""
+    file = folder / "data" / f"{source}-{examples}-{seed}.jsonl"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = rows_of(source, folder)
+        chosen = random.Random(f"{examples} {seed}").sample(range(len(rows)), examples)
+        lines = "".join(json.dumps(rows[i]) + "\n" for i in chosen)
+        file.write_text(lines)
+    return file
+
+
+def job(setting, seed, names, folder):
+    """(flags, folder, measures) of jobs.py for one setting and seed; setting None: the base."""
+    chosen = {name: measures.MEASURES[name] for name in names}
+    if setting is None:
+        return None, folder / "base", chosen
+    flags = dict(setting)
+    source = flags.pop("data", "word_problems_train")
+    examples = flags.pop("examples", grid.EXAMPLES)
+    steps = grid.EXAMPLES * grid.EPOCHS // grid.BATCH
+    name = " ".join(f"{k}={v}" for k, v in sorted(setting.items())) + f" seed={seed}"
+    file = subset(folder, source, examples, seed)
+    return ({"max-steps": steps, "batch-size": grid.BATCH} | flags | {"seed": seed, "data": file},
+            folder / name, chosen)
+
+
+def run(experiment, s):
+    """{row's name: [{column: number}, one a seed]} of an experiment, seed after seed."""
+    rows, seeds = experiment.rows(tuned()), s.seeds or experiment.seeds
+    base = {"base": job(None, 0, experiment.measures, s.runs)} if experiment.base else {}
+    todo = base | {(name, seed): job(setting, seed, experiment.measures, s.runs)
+                   for seed in seeds for name, setting in rows.items()}
+    done = sum((folder / f"{name}.json").is_file() for _, folder, own in todo.values()
+               for name in own)
+    wanted = sum(len(own) for *_, own in todo.values())
+    print(f"{len(todo)} runs, {done} of {wanted} measurements are there already"
+          + estimate(todo, s), flush=True)
+    found = jobs.all_measured(todo, s.jobs, s.threads, name=str)
+    by = {"base": [found["base"]]} if base else {}
+    return by | {name: [found[name, seed] for seed in seeds] for name in rows}
+
+
+def estimate(todo, s):
+    """"; about 12 min", from how long the runs took that are there; "" where none is."""
+    missing = [folder for _, folder, _ in todo.values() if not (folder / "trained").is_file()]
+    took = [float((folder / "trained").read_text()) for folder in s.runs.glob("*")
+            if (folder / "trained").is_file()]
+    if not missing or not took:
+        return ""
+    return f"; about {system.duration(len(missing) * sum(took) / len(took) / s.jobs)}"
+
+
+def tuned():
+    """{method: {"best": setting, "frontier": [settings]}} that `tune` chose."""
+    return jsons.read_json(TUNED) if TUNED.is_file() else {}
+
+
+def tune(s):
+    """Run the whole grid on the validation split and write tuned.json and its page."""
+    rows = {(method, i): setting for method in grid.METHODS
+            for i, setting in enumerate(grid.settings(method))}
+    experiment = experiments.Experiment("", lambda _: rows, ("scores_validation",), (),
+                                        seeds=grid.TUNING_SEEDS, base=False)
+    by = run(experiment, s)
+    found = {method: [] for method in grid.METHODS}
+    for (method, i), setting in rows.items():
+        x, y = (report.mean([row[column] for row in by[method, i]])
+                for column in ("word problems", "category mean"))
+        found[method].append((setting, x, y))
+    chosen = grid.choose(found)
+    jsons.write_json(TUNED, chosen)
+    return report.tuning(found, chosen, by, rows)
+
+
+def main(argv=None):
+    """Reproduce the names that are asked for; returns {name: text of its page}."""
+    p = system.Parser(prog="python -m lfu_min.paper.reproduce", description=__doc__.split("\n")[0],
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("names", nargs="*", metavar="NAME", help="see --list")
+    p.add_argument("--list", action="store_true", help="say what there is")
+    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where runs are kept")
+    p.add_argument("--out", type=Path, default=OUT, help="where NAME.md and NAME.png are written")
+    p.add_argument("--jobs", type=int, default=2, help="runs at one time")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
+    p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
+                   help="training seeds [those of the experiment]")
+    s = p.parse_args(argv)
+    every = {"tune": tune} | {name: partial(page, name) for name in experiments.EXPERIMENTS}
+    if s.list or not s.names:
+        for name in every:
+            print(f"{name:10} " + (experiments.EXPERIMENTS[name].shows if name != "tune" else
+                                   "nine settings a method on the validation split; tuned.json"))
+        return {}
+    for name in s.names:
+        if name not in every:
+            raise ValueError(f"{name!r}: choose from {', '.join(every)}")
+    jobs.train_script()
+    s.out.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    for name in s.names:
+        started = time.time()
+        texts[name] = every[name](s)
+        (s.out / f"{name}.md").write_text(texts[name])
+        print(f"{texts[name]}\nwrote {s.out / name}.md  "
+              f"({system.duration(time.time() - started)})", flush=True)
+    return texts
+
+
+def page(name, s):
+    """The text of an experiment's page; its figure is written beside it."""
+    experiment = experiments.EXPERIMENTS[name]
+    if not tuned():
+        raise ValueError("tuned.json is missing: reproduce tune comes first")
+    by = run(experiment, s)
+    figure = None
+    if experiment.figure:
+        figure = s.out / f"{name}.png"
+        experiment.figure(figure, by)
+    return report.page(name, experiment, by, s.seeds or experiment.seeds, figure)
+
+
+if __name__ == "__main__":
+    system.command_line(main)

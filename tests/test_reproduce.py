@@ -1,0 +1,203 @@
+"""Claim: lfu_min.paper.reproduce tunes every method alike, by the rule that is written down, runs
+nothing twice, and its pages say what was measured: means, paired differences, intervals."""
+import json
+import math
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+from lfu_min.bundled import BUNDLED
+from lfu_min.files import data, jsons
+from lfu_min.paper import grid, jobs, measures, report, reproduce
+from lfu_min.paper.experiments import EXPERIMENTS
+from lfu_min.training.settings import get_settings
+from test_eval_robustness import run  # noqa: F401  (a fixture)
+
+TUNED = {method: {"best": grid.settings(method)[-1], "frontier": [
+    s for s in grid.settings(method) if s["lr"] in grid.RATES][-3:]} for method in grid.METHODS}
+
+
+# ---- the grid and the rule
+
+def test_every_method_has_nine_settings_at_the_same_learning_rates():
+    for method in grid.METHODS:
+        settings = grid.settings(method)
+        assert len({json.dumps(s) for s in settings}) == 9
+        assert set(grid.RATES) <= {s["lr"] for s in settings}
+        if grid.METHODS[method].strength:
+            assert {s["lr"] for s in settings} == set(grid.RATES)
+    assert not set(grid.TUNING_SEEDS) & set(grid.SEEDS), "seeds that chose are used nowhere else"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_train_py_takes_every_setting(name):
+    """No row of any experiment has a flag or value that train.py refuses."""
+    for row, setting in EXPERIMENTS[name].rows(TUNED).items():
+        flags = {k: v for k, v in setting.items() if k not in ("data", "examples")}
+        assert get_settings(jobs.as_flags(flags)).lr == float(setting["lr"]), row
+
+
+def test_hypervolume_is_the_share_of_a_fine_grid_of_points():
+    points = [(30.0, 50.0), (40.0, 20.0), (10.0, 90.0), (20.0, 40.0)]  # the last adds nothing
+    cells = [(x + 0.5, y + 0.5) for x in range(100) for y in range(100)]
+    inside = sum(any(x < a and y < b for a, b in points) for x, y in cells)
+    assert grid.hypervolume(points) == pytest.approx(inside / 1e4)
+    assert grid.hypervolume(points[:3]) == grid.hypervolume(points)
+    assert grid.hypervolume([]) == 0
+
+
+def test_the_rule_takes_the_best_in_domain_and_the_largest_area():
+    points = [({"alpha": a, "lr": lr}, x, y) for a, lr, x, y in [
+        ("0.03", "1.5e-3", 10, 90), ("0.03", "3e-3", 20, 80), ("0.03", "5e-3", 30, 60),
+        ("0.1", "1.5e-3", 5, 50), ("0.1", "3e-3", 31, 20), ("0.1", "5e-3", 31, 30)]]
+    chosen = grid.choose({"LfU-lora": points})["LfU-lora"]
+    assert chosen["best"] == {"alpha": "0.1", "lr": "5e-3"}, "in a tie, what keeps more"
+    assert [s["alpha"] for s in chosen["frontier"]] == ["0.03"] * 3
+    sft = [({"lr": lr}, x, y) for lr, x, y in [("7e-3", 99, 99), ("1.5e-3", 10, 90),
+                                               ("3e-3", 20, 80), ("5e-3", 30, 60)]]
+    chosen = grid.choose({"SFT": sft})["SFT"]
+    assert chosen["best"] == {"lr": "7e-3"}
+    assert [s["lr"] for s in chosen["frontier"]] == list(grid.RATES), "the shared rates alone"
+
+
+# ---- examples, wordings, measures
+
+def test_methods_draw_the_same_examples_and_seeds_draw_others(tmp_path):
+    files = [reproduce.subset(tmp_path, "word_problems_train", 16, seed) for seed in (0, 1)]
+    rows = [[row for _, row in jsons.read_records(file)] for file in files]
+    assert len(rows[0]) == 16 and rows[0] != rows[1]
+    every = [row for _, row in jsons.read_records(reproduce.TRAIN)]
+    (tmp_path / "sdft.json").write_text(json.dumps(
+        [dict(row, answer=f"another {i}") for i, row in enumerate(every)]))
+    rewritten = data.read_examples(reproduce.subset(tmp_path, "sdft", 16, 0))
+    assert [e.prompt for e in rewritten] == [row["question"] for row in rows[0]]
+    assert all(e.answer.startswith("another") for e in rewritten)
+
+
+def test_a_job_names_its_data_steps_and_folder(tmp_path):
+    setting = {"aux": "reps", "lr": "3e-3", "examples": 32}
+    flags, folder, chosen = reproduce.job(setting, 3, ("scores_test",), tmp_path)
+    assert flags["seed"] == 3 and flags["max-steps"] == 160 and flags["batch-size"] == 8
+    assert len(data.read_examples(flags["data"])) == 32 and "examples" not in flags
+    assert folder.name == "aux=reps examples=32 lr=3e-3 seed=3"
+    other = reproduce.job(setting | {"lr": "5e-3"}, 3, (), tmp_path)
+    assert other[0]["data"] == flags["data"] and other[1] != folder
+    assert reproduce.job(None, 0, (), tmp_path)[0] is None
+
+
+def test_a_word_problem_keeps_its_story_in_every_wording():
+    for example in data.read_examples(BUNDLED / "data" / "word_problems_test.jsonl"):
+        story = example.prompt[:example.prompt.index(" How many")]
+        asked = {name: measures.reworded(example, name) for name in measures.WORDINGS}
+        assert asked["trained"] == example
+        assert len({e.prompt for e in asked.values()}) == len(asked)
+        assert all(story in e.prompt and e.answer == example.answer for e in asked.values())
+    with pytest.raises(ValueError, match="no word problem: 'What is 3"):
+        measures.reworded(data.Example("What is 3 + 4?", "7"), "tell")
+
+
+@pytest.mark.slow
+def test_the_measures_of_a_run(run):
+    """All measures once: columns of the tables are there, and the margin falls under attack."""
+    found = {}
+    for name, measure in measures.MEASURES.items():
+        if name.endswith("_test"):
+            found |= measure(run)
+    for name, experiment in EXPERIMENTS.items():
+        assert set(experiment.columns) - {"first movement"} <= found.keys(), name
+    assert found["margin 0"] > found["margin 20"] > found["margin 60"]
+    wordings = [found[name] for name in measures.WORDINGS]
+    assert found["mean over wordings"] == pytest.approx(mean(wordings))
+    assert found["sd over wordings"] == pytest.approx(stdev(wordings))
+    assert found["trained"] == pytest.approx(found["word problems"]), "the same questions"
+    assert measures.log(None, "test") == {}
+
+
+# ---- pages
+
+def test_the_interval_is_students():
+    differences = [1.0, 2.0, 4.0, 3.0, 5.0]
+    m, half = report.interval(differences)
+    assert m == 3.0 and half == pytest.approx(2.776 * stdev(differences) / math.sqrt(5))
+    assert math.isnan(report.interval([1.0])[1])
+    # the table itself: the integral of the density of t over +-T95 is 0.95
+    for df in range(1, len(report.T95)):
+        x = torch.linspace(0, report.T95[df], 200_001, dtype=torch.float64)
+        log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+        density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(x ** 2 / df))
+        assert 2 * torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4), df
+
+
+def numbers(experiment, row, seed):
+    """Made-up numbers: SFT has 10 + seed everywhere, others 1.5 more, and all layers, wordings and
+    steps that a figure draws."""
+    value = 10 + seed + (0 if row.startswith("SFT") else 1.5)
+    extra = [f"{metric} {step}" for metric in ("compliance", "margin")
+             for step in measures.ATTACK_STEPS] if "attack_test" in experiment.measures else []
+    return {column: value for column in (*experiment.columns, *extra)}
+
+
+def faked(monkeypatch, experiment):
+    def found(todo, *arguments, **others):
+        return {key: numbers(experiment, "base" if key == "base" else key[0],
+                             0 if key == "base" else key[1]) for key in todo}
+    monkeypatch.setattr(reproduce.jobs, "all_measured", found)
+    monkeypatch.setattr(reproduce, "tuned", lambda: TUNED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_page_has_means_and_paired_differences(name, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    experiment = EXPERIMENTS[name]
+    faked(monkeypatch, experiment)
+    text = reproduce.main([name, "--runs", str(tmp_path), "--out", str(tmp_path)])[name]
+    assert (tmp_path / f"{name}.md").read_text() == text
+    assert f"python -m lfu_min.paper.reproduce {name}" in text
+    first = report.digits(experiment.columns[0])
+    lfu = [line for line in text.splitlines() if line.startswith("| LfU-lora")]
+    assert f"| {13.5:.{first}f} ± " in lfu[0], "mean of 11.5 ... 15.5"
+    pair = next(line for line in lfu if "| +" in line)
+    assert f"| {1.5:+.{first}f} ± {0:.{first}f}*" in pair, "the same difference in every seed"
+    assert (tmp_path / f"{name}.png").is_file() == bool(experiment.figure)
+
+
+def test_a_row_is_compared_with_sft_on_its_own_examples():
+    by = dict.fromkeys(("base", "SFT n=16", "LfU-lora n=16", "SFT n=32", "LfU-lora n=32"))
+    assert report.reference("LfU-lora n=32", by) == "SFT n=32"
+    assert report.reference("SFT n=32", by) is None and report.reference("base", by) is None
+    assert report.reference("alpha 0.3", {"SFT": []}) == "SFT"
+
+
+def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
+    def found(todo, *arguments, **others):
+        assert len(todo) == 9 * len(grid.METHODS) * len(grid.TUNING_SEEDS)
+        return {((method, i), seed): {"word problems": i + seed, "category mean": 50.0}
+                for (method, i), seed in todo}
+    monkeypatch.setattr(reproduce.jobs, "all_measured", found)
+    monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")
+    text = reproduce.main(["tune", "--runs", str(tmp_path), "--out", str(tmp_path)])["tune"]
+    chosen = json.loads((tmp_path / "tuned.json").read_text())
+    assert chosen == {method: {"best": grid.settings(method)[-1],
+                               "frontier": reproduce.tuned()[method]["frontier"]}
+                      for method in grid.METHODS}
+    assert text.count("best") >= len(grid.METHODS)
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'table9': choose from tune, fig1"):
+        reproduce.main(["tune", "table9", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")
+    with pytest.raises(ValueError, match="reproduce tune comes first"):
+        reproduce.main(["table1", "--out", str(tmp_path), "--runs", str(tmp_path)])
+
+
+def test_a_setting_may_be_measured_more_without_training_again(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(jobs, "trained", lambda flags, folder: trained.append(flags) or folder)
+    one, two = ({name: lambda run, name=name: {name: 1.0}} for name in ("a", "b"))
+    jobs.measured({"lr": 1}, tmp_path, one)
+    assert jobs.measured({"lr": 1}, tmp_path, one | two) == {"a": 1.0, "b": 1.0}
+    assert len(trained) == 2, "asked twice: jobs.trained itself trains once"
