@@ -264,7 +264,8 @@ def show_answers(s, base, runs, device, dtype, tokenizer, templates):
         generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(s.seed)
         ids = data.prompt_ids(tokenizer, text, templates[run.name])
         return reply(model, tokenizer, [ids], s.max_new_tokens, ("Question:",), generator=generator,
-                     temperature=s.temperature, top_p=s.top_p)[0].strip()
+                     template=templates[run.name], temperature=s.temperature,
+                     top_p=s.top_p)[0].strip()
 
     def show(name, text, width=max(len(run.name) for run in runs)):
         print(f"  {name:{width}}  " + text.replace("\n", "\n" + " " * (width + 4)), flush=True)

@@ -291,7 +291,8 @@ def evaluation(s):
     """Print and return medians of --repeats in turns: loading --model, tokenising all of the file
     --evaluation, and greedy generation of 64 tokens after its first eight questions; beside
     transformers (None where it is not installed)."""
-    examples, encoder = data.read_examples(s.evaluation), tokenizer.load_tokenizer(s.model)
+    examples = data.read_examples(s.evaluation, questions=True)
+    encoder = tokenizer.load_tokenizer(s.model)
     texts = [e.prompt + "\n" + e.answer for e in examples]
     prompts = [data.prompt_ids(encoder, e.prompt, "plain") for e in examples[:8]]
     load = lambda: checkpoint.load_model(s.model, s.device, s.torch_dtype)

@@ -104,5 +104,6 @@ def answers(model, tokenizer, asked, template):
     prompts = [data.prompt_ids(tokenizer, question, template) for question in asked]
     room = model.config.max_position_embeddings
     prompts = [ids[:room] for ids in prompts]
-    replies = generate(model, prompts, max_new_tokens=80, stop_ids=tokenizer.eos_ids)
+    replies = generate(model, prompts, max_new_tokens=80,
+                       stop_ids=data.stop_ids(tokenizer, template))
     return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
