@@ -150,17 +150,18 @@ def load_config(path):
     return parse_config(read_json(path / "config.json"))
 
 
-# Weights that are no safetensors, and what makes a folder of them that can be read.
+# Weights that are no safetensors: what makes safetensors of them. (Later transformers load a GGUF
+# file but do not save it, and have no script for Meta's form.)
 IN_PLACE = ("python -c \"from transformers import AutoModelForCausalLM as M; "
-            "M.from_pretrained('{folder}'{more}).save_pretrained('{folder}')\"")
+            "M.from_pretrained('{folder}'%s).save_pretrained('{folder}')\"")
 CONVERT = {
-    "*.gguf": ("pip install gguf && " + IN_PLACE.replace("{more}", ", gguf_file='{file}'")
-               + "; tokenizer.json is that of the original model"),
+    "*.gguf": ("pip install 'transformers<5' gguf && " + IN_PLACE % ", gguf_file='{file}'"
+               + " (tokenizer.json is the original model's)"),
     "consolidated*.pth": (
-        "pip install 'transformers<5' && python -m "
+        "pip install 'transformers<4.47' accelerate && python -m "
         "transformers.models.llama.convert_llama_weights_to_hf --input_dir '{folder}' "
-        "--output_dir '{folder}-hf' --model_size 8B --llama_version 3.1 (or what it is)"),
-    "pytorch_model*.bin": IN_PLACE.replace("{more}", ""),
+        "--output_dir '{folder}-hf' --num_shards {n} --llama_version 3.1 (or 3, 3.2)"),
+    "pytorch_model*.bin": "pip install transformers && " + IN_PLACE % "",
 }
 
 
@@ -171,10 +172,11 @@ def check_format(path):
     if path.is_dir() and any(path.glob("*.safetensors")):
         return
     for pattern, command in CONVERT.items():
-        found = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.match(pattern)
-        if found:
-            raise ValueError(f"{found[0]} is not safetensors; to convert it: "
-                             + command.format(folder=folder, file=found[0].name))
+        found = sorted(folder.glob(pattern))
+        if found and (path.is_dir() or path in found):
+            file = found[0] if path.is_dir() else path
+            raise ValueError(f"{file} is not safetensors; to convert it, in a virtual environment: "
+                             + command.format(folder=folder, file=file.name, n=len(found)))
 
 
 def stored_weights(path):
