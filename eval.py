@@ -36,7 +36,7 @@ def get_settings(argv):
     p = system.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", metavar="RUN",
                    help="run folders of train.py (or peft adapters with --model)")
-    p.add_argument("--model", help="Hugging Face folder of a Llama [the runs' base; or bundled]")
+    p.add_argument("--model", help="Hugging Face folder [the runs' base; or bundled]")
     what_to_measure(p.add_argument_group("what to measure [four categories and word problems of "
                                          "the bundled world]").add_argument)
     how_to_measure(p.add_argument_group("how to measure").add_argument)

@@ -60,7 +60,7 @@ def parser():
     p = system.Parser(prog="python -m lfu_min.cost.bench", epilog="Defaults stand in brackets.",
                       description="What a step costs, beside what it costs elsewhere.")
     add, cases = p.add_argument, [*OURS, *THEIRS]
-    add("--model", help="Hugging Face folder of a Llama, in place of --shape's random weights")
+    add("--model", help="Hugging Face folder, in place of --shape's random weights")
     add("--shape", choices=SHAPES, default="SmolLM2-135M", help="[SmolLM2-135M]")
     add("--cases", nargs="+", choices=cases, default=cases, metavar="CASE",
         help=f"which of: {', '.join(cases)} [all]")

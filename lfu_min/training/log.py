@@ -99,6 +99,13 @@ def questions(s):
             for name in names]
 
 
+def shown(question):
+    """A prompt as text: a question, or the messages of a conversation, one a line."""
+    if isinstance(question, str):
+        return question
+    return "\n          ".join(f"{m['role']}: {m['content']}" for m in question)
+
+
 def answers(model, tokenizer, asked, template):
     """One line of greedy answer a question."""
     prompts = [data.prompt_ids(tokenizer, question, template) for question in asked]
