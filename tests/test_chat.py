@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import quiet_transformers, tiny_model
-from lfu_min.files import data
+from lfu_min.files import chat, data
 from lfu_min.files.data import Example, encode_example, load_dataset, prompt_ids, read_examples
 from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.scoring import measures
@@ -127,9 +127,9 @@ def test_control_strings_in_a_content_stay_text(tmp_path, name):
 def test_a_planted_mistake_is_seen(tmp_path, monkeypatch, mistake):
     name = "Qwen 2.5" if mistake in ("piecewise", "no line break") else "Llama 3"
     parts = made_up(tmp_path, name)
-    chat = data.CHAT[parts[1]]
+    right = chat.CHAT[parts[1]]
     header = ("<|im_start|>", "{role}\n", "{content}", "<|im_end|>")
-    monkeypatch.setitem(data.CHAT, parts[1], chat._replace(**{
+    monkeypatch.setitem(chat.CHAT, parts[1], right._replace(**{
         "no front": dict(front=()), "piecewise": dict(turn=header), "no line break":
             dict(between=()), "not trimmed": dict(trim=str)}[mistake]))
     with pytest.raises(AssertionError):

@@ -16,36 +16,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .chat import CHAT, chat_ids, end_ids, split_messages
 from .jsons import json_type, read_bytes, read_records
 
 IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
-ROLES = ("system", "user", "assistant")
+TEMPLATES = ("plain", "alpaca", *CHAT)
 WINDOW = 16  # batches that --group-by-length sorts together
 
 # LLaMA-Factory's `template: alpaca`, which the paper's authors trained with (its data/template.py).
 ALPACA_SYSTEM = ("Below is an instruction that describes a task. "
                  "Write a response that appropriately completes the request.\n\n")
-
-
-class Chat(NamedTuple):
-    """A chat template: what begins with "<" is a control token, all else text between them."""
-    front: tuple  # in front of all
-    turn: tuple  # of every message that is over
-    between: tuple  # behind each of these
-    reply: tuple  # of the assistant's answer; a prompt ends within it, where the content begins
-    trim: object = str  # what is done to a content; str leaves it alone
-
-
-_TURN = ("<|im_start|>", "{role}\n{content}", "<|im_end|>")
-_HEADER = ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{content}", "<|eot_id|>")
-CHAT = {
-    "chatml": Chat((), _TURN, ("\n",), _TURN),  # SmolLM2-Instruct, Qwen 2.5
-    "qwen3": Chat((), _TURN, ("\n",), ("<|im_start|>", "{role}\n", "<think>", "\n\n", "</think>",
-                                       "\n\n{content}", "<|im_end|>")),  # it does not think
-    "llama3": Chat(("<|begin_of_text|>",), _HEADER, (), _HEADER, str.strip),
-}
-TEMPLATES = ("plain", "alpaca", *CHAT)
 
 
 class Example(NamedTuple):
@@ -64,13 +45,12 @@ def read_examples(path, questions=False):
     Raises ValueError naming the file and the line (.jsonl) or the item, counted from 1 (.json), of
     the first thing that is wrong.
     """
-    examples = []
-    for where, record in read_records(path):
-        examples.append((_messages if "messages" in record else _example)(record, where))
-        if questions and not isinstance(examples[-1].prompt, str):
+    examples = [(_example(record, where), where) for where, record in read_records(path)]
+    for example, where in examples:
+        if questions and not isinstance(example.prompt, str):
             raise ValueError(f"{where}: a question and an answer are needed here, not "
-                             f"{len(examples[-1].prompt) + 1} messages")
-    return examples
+                             f"{len(example.prompt) + 1} messages")
+    return [example for example, _ in examples]
 
 
 def prompt_ids(tokenizer, prompt, template="plain"):
@@ -85,9 +65,7 @@ def prompt_ids(tokenizer, prompt, template="plain"):
             tokens. ValueError where the tokenizer lacks one that the template needs.
     """
     if template in CHAT:
-        chat = CHAT[template]
-        opening = chat.reply[:-1]  # up to the content, without what ends it
-        return _turns(tokenizer, prompt, template) + _pieces(tokenizer, opening, template)
+        return chat_ids(tokenizer, prompt, template)
     if not isinstance(prompt, str):
         raise ValueError(f"template {template!r} takes a question, not {len(prompt) + 1} messages: "
                          f"choose from {', '.join(CHAT)}")
@@ -115,8 +93,7 @@ def encode_example(tokenizer, example, template="plain"):
         raise ValueError("the tokenizer names no EOS token to end an answer with: "
                          "set eos_token in its tokenizer_config.json")
     if template in CHAT:
-        ids = _turns(tokenizer, example.prompt, template)
-        ids += _pieces(tokenizer, CHAT[template].reply, template, content=example.answer)
+        ids = chat_ids(tokenizer, example.prompt, template, example.answer)
         # line breaks of prompt and answer may be one token: what differs is learned
         same = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), len(prompt))
         return ids, [IGNORE] * same + ids[same:]
@@ -129,8 +106,7 @@ def encode_example(tokenizer, example, template="plain"):
 
 def stop_ids(tokenizer, template="plain"):
     """The ids that end a generation: the tokenizer's, and a chat template's end of a turn."""
-    end = [tokenizer.control[CHAT[template].reply[-1]]] if template in CHAT else []
-    return (*tokenizer.eos_ids, *end)
+    return (*tokenizer.eos_ids, *end_ids(tokenizer, template))
 
 
 def load_dataset(path, tokenizer, template="plain", max_len=1024):
@@ -190,54 +166,10 @@ def data_hash(path):
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-def _turns(tokenizer, prompt, template):
-    """The ids of all that is said before the answer."""
-    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    if tokenizer.system and messages[0]["role"] != "system":
-        messages = [dict(role="system", content=tokenizer.system), *messages]
-    chat = CHAT[template]
-    ids = _pieces(tokenizer, chat.front, template)
-    for message in messages:
-        ids += _pieces(tokenizer, chat.turn + chat.between, template, **message)
-    return ids
-
-
-def _pieces(tokenizer, pieces, template, role="assistant", content=""):
-    """The ids of a template's pieces: control tokens, and text, which is encoded between them."""
-    ids, content = [], CHAT[template].trim(content)
-    for piece in pieces:
-        if not piece.startswith("<"):
-            ids += tokenizer.encode(piece.format(role=role, content=content))
-        elif piece in tokenizer.control:
-            ids.append(tokenizer.control[piece])
-        else:
-            raise ValueError(f"template {template!r} needs the token {piece!r}, which this "
-                             "tokenizer lacks: choose another template")
-    return ids
-
-
-def _messages(record, where):
-    messages = record["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{where}: messages should be a list of at least two, question and answer")
-    for i, message in enumerate(messages, 1):
-        role, content = (message.get(name) if isinstance(message, dict) else None
-                         for name in ("role", "content"))
-        if role not in ROLES or not isinstance(content, str) or not content.strip():
-            raise ValueError(f"{where}: message {i} should have a role ({', '.join(ROLES)}) and a "
-                             "content, text that is not empty")
-        if role == "system" and i > 1:
-            raise ValueError(f"{where}: message {i} is the system's, which should be the first")
-    *before, answer = ({name: message[name] for name in ("role", "content")}
-                       for message in messages)
-    if answer["role"] != "assistant" or before[-1]["role"] != "user":
-        raise ValueError(f"{where}: the last two messages should be the user's and the "
-                         "assistant's, which is what is learned")
-    return Example(before[0]["content"] if len(before) == 1 else before, answer["content"])
-
-
 def _example(record, where):
     names = next((names for names in FIELDS if all(name in record for name in names)), None)
+    if names is None and "messages" in record:
+        return Example(*split_messages(record["messages"], where))
     if names is None:
         raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; "
                          "needed are question / answer, instruction / output (input), "
