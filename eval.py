@@ -36,7 +36,7 @@ def get_settings(argv):
     p = system.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", metavar="RUN",
                    help="run folders of train.py (or peft adapters with --model)")
-    p.add_argument("--model", help="Hugging Face folder of a Llama [the runs' base; or bundled]")
+    p.add_argument("--model", help="Hugging Face folder [the runs' base; or bundled]")
     what_to_measure(p.add_argument_group("what to measure [four categories and word problems of "
                                          "the bundled world]").add_argument)
     how_to_measure(p.add_argument_group("how to measure").add_argument)
@@ -264,7 +264,8 @@ def show_answers(s, base, runs, device, dtype, tokenizer, templates):
         generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(s.seed)
         ids = data.prompt_ids(tokenizer, text, templates[run.name])
         return reply(model, tokenizer, [ids], s.max_new_tokens, ("Question:",), generator=generator,
-                     temperature=s.temperature, top_p=s.top_p)[0].strip()
+                     template=templates[run.name], temperature=s.temperature,
+                     top_p=s.top_p)[0].strip()
 
     def show(name, text, width=max(len(run.name) for run in runs)):
         print(f"  {name:{width}}  " + text.replace("\n", "\n" + " " * (width + 4)), flush=True)

@@ -1,8 +1,9 @@
-"""Fine-tune a Llama with LfU, or with plain SFT to compare:  python train.py --aux lora
+"""Fine-tune a model with LfU, or with plain SFT to compare:  python train.py --aux lora
 
 Without --model it takes the bundled model and its 256 word problems, and needs neither network nor
-GPU. With --model it takes any Llama checkpoint folder, with the settings of the paper's authors.
-`--aux none` is plain SFT. The method is lfu_min/lfu.py; this file is the way there and the loop.
+GPU. With --model it takes a folder of a Llama, Mistral or Qwen, with the settings of the paper's
+authors. `--aux none` is plain SFT. The method is lfu_min/lfu.py; this file is the way there and the
+loop.
 """
 import json
 import math
@@ -66,7 +67,7 @@ def main(argv=None):
     distributed.leave()
     if team.rank == 0:
         for question, old, new in zip(asked, before, after):
-            print(f"\nquestion  {question}\n  before  {old}\n  after   {new}")
+            print(f"\nquestion  {log.shown(question)}\n  before  {old}\n  after   {new}")
         peak = system.peak_memory_mib(team.device)
         print(f"\nsaved {out}  ({system.duration(time.time() - started)}"
               + (f", peak memory {peak:.0f} MiB" if peak else "") + ")")

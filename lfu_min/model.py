@@ -1,8 +1,9 @@
-"""The transformer: a Llama decoder in one file, with Hugging Face's parameter names.
+"""The transformer: a Llama decoder in one file, with Hugging Face's parameter names. Mistral is the
+same; Qwen 2.5 has biases on q, k and v, Qwen 3 norms on q and k: one field of LlamaConfig each.
 
 Nothing in here knows about LfU. lora.py and steering.py attach to it, lfu.py asks it for hidden
-states, and checkpoint.py fills it from disk. tests/test_model.py compares logits, every hidden
-state and every gradient with transformers' LlamaForCausalLM.
+states, and checkpoint.py fills it from disk. tests/test_model.py and tests/test_families.py compare
+logits, every hidden state and every gradient with transformers' models.
 
 Shapes: B batch, T tokens, D hidden, H query heads, K key/value heads, d head_dim, L layers, V
 vocabulary.
@@ -39,6 +40,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False  # biases on gate, up and down
+    qkv_bias: bool = False  # biases on q, k and v alone: Qwen 2.5
+    qk_norm: bool = False  # an RMSNorm of every head of q and k, before RoPE: Qwen 3
+    model_type: str = "llama"  # the family's name: of checkpoint.FAMILIES
 
 
 def at_least_float32(x):
@@ -67,7 +71,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):  # x is the residual stream: never half
+    def forward(self, x):  # x is never half
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
@@ -104,24 +108,25 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim,
-                             bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim,
-                             bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim,
-                             bias=c.attention_bias)
+        self.head_dim, bias = c.head_dim, c.attention_bias or c.qkv_bias
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size,
                              bias=c.attention_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+    def heads(self, y, norm=None):  # (B, T, H*d) -> (B, H, T, d); norm: over d, of each head
+        y = y.view(*y.shape[:2], -1, self.head_dim)
+        return (y if norm is None else norm(at_least_float32(y))).transpose(1, 2)
 
     def forward(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
         dtype = self.q_proj.compute_dtype
-        # (B, T, H*d) -> (B, H, T, d)
-        split = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q = rotate(split(self.q_proj(x)), *rope).to(dtype)  # (B, H, T, d)
-        k = rotate(split(self.k_proj(x)), *rope).to(dtype)  # (B, K, T, d)
-        v = split(self.v_proj(x)).to(dtype)  # (B, K, T, d)
+        q = rotate(self.heads(self.q_proj(x), self.q_norm), *rope).to(dtype)  # (B, H, T, d)
+        k = rotate(self.heads(self.k_proj(x), self.k_norm), *rope).to(dtype)  # (B, K, T, d)
+        v = self.heads(self.v_proj(x)).to(dtype)  # (B, K, T, d)
         if cache is not None:
             if cache[layer] is not None:
                 # (B, K, S, d)
@@ -170,8 +175,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama for causal language modelling. `activation_checkpointing` (off) recomputes each block
-    in the backward."""
+    """Llama, or a relative, for causal language modelling. `activation_checkpointing` (off)
+    recomputes each block in the backward."""
 
     def __init__(self, config):
         super().__init__()

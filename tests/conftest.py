@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from lfu_min.files.checkpoint import config_to_dict, parse_config
+from lfu_min.files.checkpoint import FAMILIES, config_to_dict, parse_config
 from lfu_min.lora import add_lora
 from lfu_min.model import Llama, LlamaConfig
 
@@ -105,12 +105,15 @@ def quiet_transformers():
 
 
 def transformers_twin(ours=None, seed=0, **changes):
-    """transformers' LlamaForCausalLM in float32, plain attention: with the sizes and weights of
-    `ours`, or random with `changes` to the fields of TINY."""
+    """transformers' model in float32, plain attention: with the sizes and weights of `ours`, or
+    random with `changes` to the fields of TINY. What has no value, head_dim say, is left out."""
     transformers = quiet_transformers()
     raw = {**TINY, **changes, **(config_to_dict(ours.config) if ours else {})}
-    config = transformers.LlamaConfig(**raw, attn_implementation="eager")
-    theirs = transformers.LlamaForCausalLM(config).float().eval()
+    architecture = getattr(transformers, FAMILIES[raw["model_type"]].architecture)
+    raw = {name: value for name, value in raw.items()
+           if value is not None or name == "sliding_window"}
+    config = architecture.config_class(**raw, attn_implementation="eager")
+    theirs = architecture(config).float().eval()
     if ours is None:
         return randomise(theirs, seed=seed)
     theirs.load_state_dict(ours.state_dict())

@@ -142,7 +142,18 @@ def test_absent_fields_take_the_defaults_of_transformers():
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"model_type": "qwen3"}, "'qwen3'"),
+    ({"model_type": "gemma3"}, "'gemma3' is not implemented; known are llama, mistral, "),
+    ({"model_type": ["llama"]}, "model_type ['llama']"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' should be true or false"),
+    ({"attention_bias": 0}, "attention_bias = 0"), ({"mlp_bias": []}, "mlp_bias = []"),
+    ({"rope_scaling": False}, "rope_scaling = False"), ({"rope_scaling": []}, "rope_scaling = []"),
+    ({"rope_theta": 0}, "rope_theta = 0"), ({"head_dim": False}, "head_dim = False"),
+    ({"head_dim": 0}, "head_dim = 0"), ({"num_key_value_heads": ""}, "num_key_value_heads = ''"),
+    ({"max_position_embeddings": None}, "max_position_embeddings = None"),
+    ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ({"use_sliding_window": "false"}, "use_sliding_window = 'false'"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ['full_att"),
+    ({"layer_types": "full_attention"}, "layer_types = 'full_attention'"),
     ({"model_type": None}, "model_type None"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),

@@ -201,8 +201,8 @@ def test_missing_files_folders_and_wrong_choices(tmp_path):
         read_examples(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="is a folder, not a file"):
         read_examples(tmp_path)
-    with pytest.raises(ValueError, match="template 'chatml' is unknown: choose from plain, alpaca"):
-        prompt_ids(Letters(), "a", "chatml")
+    with pytest.raises(ValueError, match="template 'gpt' is unknown: choose from plain, al"):
+        prompt_ids(Letters(), "a", "gpt")
     no_eos = Letters()
     no_eos.eos_id = None
     with pytest.raises(ValueError, match="names no EOS token"):

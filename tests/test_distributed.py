@@ -94,7 +94,8 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 def gradients(name, aux, tune, head, checkpointing, move, compare):
-    config = LlamaConfig(31, 16, 24, 3, 4, 2, 4, tie_word_embeddings=head == "tied")
+    config = LlamaConfig(31, 16, 24, 3, 4, 2, 4, tie_word_embeddings=head == "tied",
+                         qkv_bias=head == "biases", qk_norm=head == "biases")
     model = random_model(config, std=0.3, dtype=torch.float64)
     model.activation_checkpointing = checkpointing == "checkpointing"
     if tune == "lora":
@@ -161,6 +162,8 @@ def test_the_gradients_of_a_sharded_model_are_those_of_a_whole_one(tmp_path):
     settings = ["/".join(each) + "/ascent/mse" for each in itertools.product(
         ("lora", "reps", "none"), ("lora", "full"), ("tied", "untied"), ("none", "checkpointing"))]
     settings += ["lora/full/tied/none/descent/cosine", "reps/lora/untied/none/random/logit-kl"]
+    # biases and norms as in Qwen 2.5 and 3
+    settings += ["lora/lora/biases/none/ascent/mse", "lora/full/biases/none/ascent/mse"]
     one, shard = (gradients(tmp_path, name, settings) for name in ("one", "shard"))
     for each in settings:
         print(f"{each}: largest difference {difference(shard[each], one[each]):.1e}")

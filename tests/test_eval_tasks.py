@@ -331,7 +331,7 @@ def test_nll_is_the_training_loss_of_the_file(tiny):
     """Against sft_step's loss: the same tokens, EOS included, the same mean."""
     model, tokenizer, _ = tiny
     examples = data.read_examples(BUNDLED / "data" / "word_problems_test.jsonl")[:6]
-    for template in data.TEMPLATES:
+    for template in ("plain", "alpaca"):
         (found,), rows = tasks.nll(model, tokenizer, examples,
                                    tasks.Options(template=template, batch_size=4))
         encoded = [data.encode_example(tokenizer, e, template) for e in examples]

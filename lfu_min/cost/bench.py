@@ -60,7 +60,7 @@ def parser():
     p = system.Parser(prog="python -m lfu_min.cost.bench", epilog="Defaults stand in brackets.",
                       description="What a step costs, beside what it costs elsewhere.")
     add, cases = p.add_argument, [*OURS, *THEIRS]
-    add("--model", help="Hugging Face folder of a Llama, in place of --shape's random weights")
+    add("--model", help="Hugging Face folder, in place of --shape's random weights")
     add("--shape", choices=SHAPES, default="SmolLM2-135M", help="[SmolLM2-135M]")
     add("--cases", nargs="+", choices=cases, default=cases, metavar="CASE",
         help=f"which of: {', '.join(cases)} [all]")
@@ -291,7 +291,8 @@ def evaluation(s):
     """Print and return medians of --repeats in turns: loading --model, tokenising all of the file
     --evaluation, and greedy generation of 64 tokens after its first eight questions; beside
     transformers (None where it is not installed)."""
-    examples, encoder = data.read_examples(s.evaluation), tokenizer.load_tokenizer(s.model)
+    examples = data.read_examples(s.evaluation, questions=True)
+    encoder = tokenizer.load_tokenizer(s.model)
     texts = [e.prompt + "\n" + e.answer for e in examples]
     prompts = [data.prompt_ids(encoder, e.prompt, "plain") for e in examples[:8]]
     load = lambda: checkpoint.load_model(s.model, s.device, s.torch_dtype)

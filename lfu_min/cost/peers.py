@@ -10,12 +10,14 @@ from ..lora import TARGET_MODULES
 
 
 def transformers_model(config, weights, tune, device):
-    """transformers' Llama on the tensors of a state dict (shared, not copied), with peft's LoRA for
+    """transformers' model on the tensors of a state dict (shared, not copied), with peft's LoRA for
     tune = lora."""
     import peft
     import transformers
+    raw = config_to_dict(config)
+    architecture = getattr(transformers, raw["architectures"][0])
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_to_dict(config)))
+        model = architecture(architecture.config_class(**raw))
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     rotary = model.model.rotary_emb  # its table is no weight

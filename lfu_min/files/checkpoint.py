@@ -9,6 +9,7 @@ written by transformers (v4 and v5 config forms, shards).
 import math
 from pathlib import Path
 import shutil
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open, SafetensorError
@@ -17,6 +18,24 @@ from safetensors.torch import save_file
 from .jsons import check_file, read_json, write_json, written_aside
 from ..model import Llama, LlamaConfig
 
+class Family(NamedTuple):
+    """What one model_type means. Others are refused by name."""
+    architecture: str  # transformers' class
+    flags: tuple = ()  # fields of LlamaConfig that config.json may set, true or false
+    always: dict = {}  # fields that it need not set
+    defaults: dict = {}  # where config.json is silent: transformers'; {} are Llama's
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", flags=("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM", defaults=dict(
+        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)),
+    "qwen2": Family("Qwen2ForCausalLM", always=dict(qkv_bias=True), defaults=dict(
+        num_key_value_heads=32, max_position_embeddings=32768)),
+    "qwen3": Family("Qwen3ForCausalLM", flags=("attention_bias",), always=dict(qk_norm=True),
+                    defaults=dict(num_key_value_heads=32, head_dim=128,
+                                  max_position_embeddings=32768)),
+}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads")
 ROPE_FIELDS = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -31,47 +50,75 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def parse_config(raw):
     """LlamaConfig from the dictionary in config.json, in the form of transformers 4 (rope_theta,
     rope_scaling) or 5 (rope_parameters). Raises ValueError naming the first feature that model.py
-    does not implement, or the first number that makes no sense."""
-    if raw.get("model_type") != "llama":
-        raise ValueError(f"model_type {raw.get('model_type')!r} is not implemented; this is a "
-                         "Llama (model_type 'llama')")
-    for name, only in (("hidden_act", "silu"), ("attention_dropout", 0.0),
-                       ("quantization_config", None), ("original_max_position_embeddings", None)):
-        if raw.get(name, only) not in (only, None):
-            raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, only "
-                             f"{only!r}")
+    does not implement, or the first value that makes no sense.
+
+    Mistral's sliding_window is a full attention up to that length, so max_position_embeddings is
+    set to it where it is the shorter one: longer texts are not taken.
+    """
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model_type {name!r:.40} is not implemented; known are "
+                         f"{', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    raw = {**family.defaults, **raw}
+    check_only(raw)
     missing = [name for name in SIZES if name not in raw]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     heads = raw["num_attention_heads"]
-    kv_heads = raw.get("num_key_value_heads") or heads
+    kv_heads = first(raw.get("num_key_value_heads"), heads)
+    positions = raw.get("max_position_embeddings", 2048)
+    window = first(raw.get("sliding_window") if name == "mistral" else None, positions)
     sizes = {**{name: raw[name] for name in SIZES}, "num_key_value_heads": kv_heads,
-             "max_position_embeddings": raw.get("max_position_embeddings", 2048)}
-    check_numbers(sizes, int)
-    sizes["head_dim"] = head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+             "max_position_embeddings": positions}
+    check_numbers({**sizes, "sliding_window": window}, int)
+    sizes["max_position_embeddings"] = min(positions, window)
+    sizes["head_dim"] = head_dim = first(raw.get("head_dim"), raw["hidden_size"] // heads)
     check_numbers({"head_dim": head_dim}, int)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
                          f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even")
     eps = raw.get("rms_norm_eps", 1e-6)
     check_numbers({"rms_norm_eps": eps}, float)
-    flags = {name: bool(raw.get(name, False))
-             for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-    return LlamaConfig(**sizes, **flags, **parse_rope(raw), rms_norm_eps=eps)
+    flags = {name: first(raw.get(name), False) for name in ("tie_word_embeddings", *family.flags)}
+    for flag, value in flags.items():
+        if not isinstance(value, bool):  # "false" would count as true
+            raise ValueError(f"config.json: {flag} = {value!r:.40} should be true or false")
+    return LlamaConfig(**sizes, **flags, **family.always, **parse_rope(raw), rms_norm_eps=eps,
+                       model_type=name)
+
+
+def first(*values):
+    """The first that is not None; None where there is none."""
+    return next((value for value in values if value is not None), None)
+
+
+def check_only(raw):
+    """Raise ValueError naming a field of config.json that asks for what model.py has not."""
+    for name, only in (("hidden_act", "silu"), ("attention_dropout", 0.0),
+                       ("quantization_config", None), ("original_max_position_embeddings", None),
+                       ("use_sliding_window", False)):
+        if raw.get(name, only) not in (only, None):
+            raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, only "
+                             f"{only!r}")
+    layers = first(raw.get("layer_types"), ["full_attention"])
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise ValueError(f"config.json: layer_types = {layers!r:.60} is not implemented, only "
+                         "'full_attention' for each layer")
 
 
 def parse_rope(raw):
     """rope_theta and rope_scaling of LlamaConfig, as a dictionary. Where config.json has both
     forms, rope_scaling is the one that counts, as in transformers 5."""
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name) or {}, dict):
+        if not isinstance(first(raw.get(name), {}), dict):
             raise ValueError(f"config.json: {name} = {raw[name]!r} should be an object or null")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
         raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = first(rope.get("rope_theta"), raw.get("rope_theta"), 10000.0)
     check_numbers({"rope_theta": theta}, float)
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    kind = str(first(rope.get("rope_type"), rope.get("type"), "default"))
     if kind not in ROPE_FIELDS:
         raise ValueError(f"config.json: RoPE type {kind!r} is not implemented, only 'default' and "
                          "'llama3'")
@@ -96,10 +143,40 @@ def check_numbers(values, kind):
 def load_config(path):
     """LlamaConfig of a model folder."""
     path = Path(path)
+    check_format(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; a model is a folder with config.json and "
                          "*.safetensors")
     return parse_config(read_json(path / "config.json"))
+
+
+# Weights that are no safetensors: what makes safetensors of them. (Later transformers load a GGUF
+# file but do not save it, and have no script for Meta's form.)
+IN_PLACE = ("python -c \"from transformers import AutoModelForCausalLM as M; "
+            "M.from_pretrained('{folder}'%s).save_pretrained('{folder}')\"")
+CONVERT = {
+    "*.gguf": ("pip install 'transformers<5' gguf && " + IN_PLACE % ", gguf_file='{file}'"
+               + " (tokenizer.json is the original model's)"),
+    "consolidated*.pth": (
+        "pip install 'transformers<4.47' accelerate && python -m "
+        "transformers.models.llama.convert_llama_weights_to_hf --input_dir '{folder}' "
+        "--output_dir '{folder}-hf' --num_shards {n} --llama_version 3.1 (or 3, 3.2)"),
+    "pytorch_model*.bin": "pip install transformers && " + IN_PLACE % "",
+}
+
+
+def check_format(path):
+    """Raise ValueError, with the command that converts them, where the weights in the folder (or
+    the one file) `path` are no safetensors."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return
+    for pattern, command in CONVERT.items():
+        found = sorted(folder.glob(pattern))
+        if found and (path.is_dir() or path in found):
+            file = found[0] if path.is_dir() else path
+            raise ValueError(f"{file} is not safetensors; to convert it, in a virtual environment: "
+                             + command.format(folder=folder, file=file.name, n=len(found)))
 
 
 def stored_weights(path):
@@ -217,11 +294,20 @@ def load_model(path, device="cpu", dtype=None):
 
 
 def config_to_dict(config, dtype=torch.float32):
-    """config.json's content in transformers 4's form, which transformers 5 reads too."""
-    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    """config.json's content in transformers 4's form, which transformers 5 reads too. Raises
+    ValueError where no model of config.model_type is like this."""
+    family = FAMILIES[config.model_type]
+    raw = {"architectures": [family.architecture], "hidden_act": "silu",
            "torch_dtype": str(dtype).removeprefix("torch."), **vars(config)}
+    for name in ("attention_bias", "mlp_bias", "qkv_bias", "qk_norm"):
+        if name not in family.flags:
+            del raw[name]
+    if "sliding_window" in family.defaults:
+        raw["sliding_window"] = None
     scaling = config.rope_scaling
     raw["rope_scaling"] = dict(scaling, rope_type="llama3") if scaling else None
+    if parse_config(raw) != config:
+        raise ValueError(f"a model of model_type {config.model_type!r} cannot be like {config}")
     return raw
 
 

@@ -2,6 +2,8 @@
 eval.py the rest.
 
 One record, as in GSM8K's file:  {"question": "What is 3 + 4?", "answer": "3 + 4 = 7\\n#### 7"}
+or a conversation:  {"messages": [{"role": "user", "content": "3 + 4?"},
+                                  {"role": "assistant", "content": "7"}]}
 
 Only the answer is learned: labels are the input ids (unshifted, as in transformers) with -100 over
 the prompt. Verified in tests/test_data.py: ids spelled out by hand, the templates piece by piece,
@@ -14,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .chat import CHAT, chat_ids, end_ids, split_messages
 from .jsons import json_type, read_bytes, read_records
 
 IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
-TEMPLATES = ("plain", "alpaca")
+TEMPLATES = ("plain", "alpaca", *CHAT)
 WINDOW = 16  # batches that --group-by-length sorts together
 
 # LLaMA-Factory's `template: alpaca`, which the paper's authors trained with (its data/template.py).
@@ -27,30 +30,45 @@ ALPACA_SYSTEM = ("Below is an instruction that describes a task. "
 
 
 class Example(NamedTuple):
-    prompt: str
+    prompt: str  # or a list of messages, {"role": ..., "content": ...}: all but the answer
     answer: str
 
 
-def read_examples(path):
+def read_examples(path, questions=False):
     """Read a .json file (a list of objects) or a .jsonl file (one object a line) -> list of
     Example.
 
     The fields are question / answer (GSM8K), instruction / input / output (Alpaca; a non-empty
-    input follows the instruction after a newline) or prompt / response; other fields are ignored.
+    input follows the instruction after a newline), prompt / response, or messages, of which the
+    last is the answer; other fields are ignored. A user's message alone in front of the answer is
+    an ordinary prompt. questions: conversations of more messages are refused.
     Raises ValueError naming the file and the line (.jsonl) or the item, counted from 1 (.json), of
     the first thing that is wrong.
     """
-    return [_example(record, where) for where, record in read_records(path)]
+    examples = [(_example(record, where), where) for where, record in read_records(path)]
+    for example, where in examples:
+        if questions and not isinstance(example.prompt, str):
+            raise ValueError(f"{where}: a question and an answer are needed here, not "
+                             f"{len(example.prompt) + 1} messages")
+    return [example for example, _ in examples]
 
 
 def prompt_ids(tokenizer, prompt, template="plain"):
-    """The ids in front of an answer, for training and for generation alike: prompt (str) -> list of
-    ids.
+    """The ids in front of an answer, for training and for generation alike: prompt (str, or list of
+    messages) -> list of ids.
 
     plain   "Question: {prompt}\\nAnswer:", behind BOS if the tokenizer has one
     alpaca  LLaMA-Factory's: system text and "### Instruction:" block, tokenised separately; never
             a BOS
+    chatml, qwen3, llama3   a chat: what transformers' apply_chat_template gives with
+            add_generation_prompt (qwen3: and enable_thinking=False). Contents never become control
+            tokens. ValueError where the tokenizer lacks one that the template needs.
     """
+    if template in CHAT:
+        return chat_ids(tokenizer, prompt, template)
+    if not isinstance(prompt, str):
+        raise ValueError(f"template {template!r} takes a question, not {len(prompt) + 1} messages: "
+                         f"choose from {', '.join(CHAT)}")
     if template == "plain":
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return bos + tokenizer.encode(f"Question: {prompt}\nAnswer:")
@@ -67,17 +85,28 @@ def encode_example(tokenizer, example, template="plain"):
     over the prompt.
 
     The answer is followed by EOS, so that the model learns to stop; `alpaca` also trains a final
-    "\\n\\n".
+    "\\n\\n". In a chat the end of the turn is learned; the ids are those of apply_chat_template,
+    without the line break that chatml and qwen3 have behind the last turn.
     """
     prompt = prompt_ids(tokenizer, example.prompt, template)
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer names no EOS token to end an answer with: "
                          "set eos_token in its tokenizer_config.json")
+    if template in CHAT:
+        ids = chat_ids(tokenizer, example.prompt, template, example.answer)
+        # line breaks of prompt and answer may be one token: what differs is learned
+        same = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), len(prompt))
+        return ids, [IGNORE] * same + ids[same:]
     if template == "alpaca":
         answer = tokenizer.encode(example.answer) + [tokenizer.eos_id] + tokenizer.encode("\n\n")
     else:
         answer = tokenizer.encode(" " + example.answer) + [tokenizer.eos_id]
     return prompt + answer, [IGNORE] * len(prompt) + answer
+
+
+def stop_ids(tokenizer, template="plain"):
+    """The ids that end a generation: the tokenizer's, and a chat template's end of a turn."""
+    return (*tokenizer.eos_ids, *end_ids(tokenizer, template))
 
 
 def load_dataset(path, tokenizer, template="plain", max_len=1024):
@@ -139,10 +168,12 @@ def data_hash(path):
 
 def _example(record, where):
     names = next((names for names in FIELDS if all(name in record for name in names)), None)
+    if names is None and "messages" in record:
+        return Example(*split_messages(record["messages"], where))
     if names is None:
         raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; "
-                         "needed are question / answer, instruction / output (input) or "
-                         "prompt / response")
+                         "needed are question / answer, instruction / output (input), "
+                         "prompt / response or messages")
     for name in names:
         if not isinstance(record[name], str):
             raise ValueError(f"{where}: {name} must be a string, not {json_type(record[name])}")

@@ -1,5 +1,5 @@
-"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3) on tiktoken. train.py and eval.py call
-`load_tokenizer`.
+"""Byte-level BPE tokenizers (Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo) on tiktoken. train.py
+and eval.py call `load_tokenizer`.
 
 A Hugging Face tokenizer.json says how text is cut into pieces (normalizer, pre_tokenizer) and how
 the bytes of a piece are merged into tokens (model.vocab, model.merges). tiktoken knows one regular
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .jsons import read_bytes, read_json
+from .jsons import read_bytes, read_json, read_text
 
 # How each family cuts text into pieces. SmolLM2 first isolates every digit, then applies GPT-2's
 # expression to what is left; as one expression: a digit is its own piece, and blanks before a digit
@@ -29,12 +29,16 @@ SMOLLM = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Mistral Nemo
 
 # tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text
 # is fed to it in chunks of at most 100,000 characters. They end behind a letter or digit and before
-# neither, where every expression above ends a piece too: only a run longer than that is cut where
-# `tokenizers` would not.
-_CHUNK = re.compile(r"(?s).{1,100000}\Z|.{1,100000}(?<=[^\W_])(?=[\W_])|.{1,100000}")
+# a blank or a punctuation mark, where every expression above ends a piece too: only a run longer
+# than that is cut where `tokenizers` would not.
+_BORDER = r"(?<=[^\W_])(?=[\s!-/:-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1f])"
+_CHUNK = re.compile(rf"(?s).{{1,100000}}\Z|.{{1,100000}}{_BORDER}|.{{1,100000}}")
 
 # Characters that combine with others since Unicode 10 to 15. The tables of `tokenizers` end at
 # Unicode 9, where these stand alone, Python's do not: text is normalised between them.
@@ -57,17 +61,22 @@ class Tokenizer:
     eos_ids     the ids that end a generation: tuple, from generation_config.json, else config.json,
                 else (eos_id,)
     vocab_size  highest id + 1; the model's embedding must have at least so many rows
+    control     {text: id} of the control tokens; data.py's chat templates are made of them
+    system      what the files' own chat template says first where a conversation has no system
+                message, or ""
     """
 
-    def __init__(self, pattern, ranks, tokens, nfc=False, bos_id=None, eos_id=None, eos_ids=()):
+    def __init__(self, pattern, ranks, tokens, nfc=False, bos_id=None, eos_id=None, eos_ids=(),
+                 control=(), system=""):
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_id, tuple(eos_ids)
+        self.control, self.system = dict(control), system
         self.vocab_size = max(tokens) + 1
         self._tokens = tokens  # {id: bytes}, with the control tokens
         self._nfc = nfc
         self._bpe = tiktoken.Encoding("lfu_min", pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={})
         self._missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        self._cut = re.compile(_on_kinds(pattern), re.ASCII)
+        self._cut = re.compile(_on_kinds(pattern), re.ASCII) if self._missing else None
 
     def encode(self, text):
         """str -> list of ids, without BOS or EOS; any str is accepted.
@@ -126,7 +135,8 @@ def load_tokenizer(path):
               for name in ("tokenizer_config", "generation_config", "config")]
     try:
         parts = _from_json(content) if path.suffix == ".json" else _from_model(content)
-        return Tokenizer(**parts, **_eos(*beside, parts["tokens"]))
+        return Tokenizer(**parts, **_eos(*beside, parts["tokens"]),
+                         system=_system(path.parent, beside[0]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:
@@ -141,7 +151,8 @@ def _from_json(file):
         raise ValueError(f"model type {model['type']!r} is not supported, only byte-level 'BPE'")
     for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ValueError(f"model.{key} = {model[key]!r} is not supported")
+            raise ValueError(f"model.{key} = {model[key]!r} is not supported: only byte-level BPE "
+                             "is, not SentencePiece as in Llama 2 and Mistral 7B")
     if file.get("normalizer") not in (None, {"type": "NFC"}):
         raise ValueError(f"normalizer {file['normalizer']!r} is not supported, only none or NFC")
     pattern = _pattern(file.get("pre_tokenizer"))
@@ -154,13 +165,14 @@ def _from_json(file):
               for pair in model["merges"]]
     ranks = _exact_ranks(vocab, merges, model.get("ignore_merges", False))
     missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing and (model.get("unk_token") is not None or model.get("ignore_merges")):
-        raise ValueError(f"byte {missing[0]:#04x} has no token: not supported with unk_token or "
-                         "ignore_merges")
+    if missing and (model.get("unk_token") is not None or model.get("ignore_merges")
+                    or pattern == TEKKEN):
+        raise ValueError(f"byte {missing[0]:#04x} has no token: not supported with unk_token, "
+                         "ignore_merges or Mistral's pre_tokenizer")
     tokens = {i: token for token, i in vocab.items()}
     tokens |= {i: text.encode() for text, i in added.items()}
     return dict(pattern=pattern, ranks=ranks, tokens=tokens, nfc=bool(file.get("normalizer")),
-                bos_id=_bos(file.get("post_processor"), tokens))
+                bos_id=_bos(file.get("post_processor"), tokens), control=added)
 
 
 def _check_ids(ids):
@@ -193,9 +205,10 @@ def _from_model(data):
     control = ["begin_of_text", "end_of_text", *reserved[:4], "start_header_id", "end_header_id",
                reserved[4], "eot_id", *reserved[5:]]
     first = max(ranks.values()) + 1  # 128000
+    control = {f"<|{name}|>": first + i for i, name in enumerate(control)}
     tokens = {rank: token for token, rank in ranks.items()}
-    tokens |= {first + i: f"<|{name}|>".encode() for i, name in enumerate(control)}
-    return dict(pattern=LLAMA3, ranks=ranks, tokens=tokens, bos_id=first)
+    tokens |= {i: text.encode() for text, i in control.items()}
+    return dict(pattern=LLAMA3, ranks=ranks, tokens=tokens, bos_id=first, control=control)
 
 
 def _pattern(pre_tokenizer):
@@ -212,10 +225,11 @@ def _pattern(pre_tokenizer):
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
                "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False,
-               "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN):
+               "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN, TEKKEN):
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those "
-                     "of Llama 3, SmolLM2, Qwen 2.5 / 3 and GPT-2, without add_prefix_space")
+                     "of Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo and GPT-2, without "
+                     "add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
@@ -322,6 +336,16 @@ def _eos(tokenizer_config, generation_config, config, tokens):
         raise ValueError(f"eos_token {name!r} of tokenizer_config.json is not in the vocabulary")
     # [-1]: an added token before a plain one
     return dict(eos_id=ids[-1], eos_ids=stop or [ids[-1]])
+
+
+def _system(folder, tokenizer_config):
+    """The system message that the chat template in a model's files has where a conversation brings
+    none (SmolLM2, Qwen 2.5), or "": the template is searched for one, not run."""
+    template, file = tokenizer_config.get("chat_template"), folder / "chat_template.jinja"
+    template = read_text(file) if file.is_file() else template
+    found = isinstance(template, str) and re.search(
+        r"<\|im_start\|>system(?:\\n|\n)([^'\"{}\\]*)<\|im_end\|>", template)
+    return found[1] if found else ""
 
 
 def _known(i, name, tokens):

@@ -140,16 +140,17 @@ def score(model, tokenizer, pairs, batch_size=16, on_progress=None):
 
 
 def reply(model, tokenizer, prompts, max_new_tokens, until=(), batch_size=16, on_progress=None,
-          **sampling):
-    """Generated texts after prompts (lists of ids), each ended before EOS or before the first
-    string of `until`."""
+          template="plain", **sampling):
+    """Generated texts after prompts (lists of ids), each ended before EOS, the template's end of a
+    turn, or the first string of `until`."""
     tail = max((len(s.encode()) for s in until), default=0)  # a token has at least one byte
 
     def finished(ids):  # + 4: a character cut in its middle
         return any(s in tokenizer.decode(ids[-tail - 4:]) for s in until)
 
-    rows = generate(model, prompts, max_new_tokens, tokenizer.eos_ids, batch_size=batch_size,
-                    on_progress=on_progress, finished=finished if until else None, **sampling)
+    rows = generate(model, prompts, max_new_tokens, data.stop_ids(tokenizer, template),
+                    batch_size=batch_size, on_progress=on_progress,
+                    finished=finished if until else None, **sampling)
     texts = [tokenizer.decode(row) for row in rows]
     return [text[:min((text.find(s) for s in until if s in text), default=len(text))]
             for text in texts]

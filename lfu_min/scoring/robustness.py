@@ -219,7 +219,8 @@ def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1
         if step not in at:
             continue
         texts = reply(attacked, tokenizer, prompts, min(options.max_new_tokens, 128),
-                      ("Question:",), options.batch_size, options.on_progress)
+                      ("Question:",), options.batch_size, options.on_progress,
+                      template=options.template)
         task = f"attack, {step} steps"
         examples[task] = rows = [
             dict(prompt=example.prompt, reply=text, refused=refused(text), coherent=coherent(text),

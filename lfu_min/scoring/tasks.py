@@ -154,7 +154,7 @@ def read_questions(path, labels=None):
 
 
 def read_gsm8k(path, labels=None):
-    docs = [Doc(*example) for example in data.read_examples(path)]
+    docs = [Doc(*example) for example in data.read_examples(path, questions=True)]
     for i, doc in enumerate(docs, 1):
         if strict_answer(doc.target) == INVALID:
             raise ValueError(f"{path}, example {i}: the answer has no line '#### N'")
@@ -240,7 +240,7 @@ def exact(model, tokenizer, docs, options, task="exact", count=None):
     docs = docs[:count]
     ids = [data.prompt_ids(tokenizer, doc.prompt, options.template) for doc in docs]
     replies = reply(model, tokenizer, ids, options.max_new_tokens, ("Question:",),
-                    options.batch_size, options.on_progress)
+                    options.batch_size, options.on_progress, template=options.template)
     rows = [dict(prompt=doc.prompt, reply=text, target=doc.answer,
                  match=text.strip() == doc.answer.strip()) for doc, text in zip(docs, replies)]
     return [mean_result(task, "exact_match", [row["match"] for row in rows])], rows

@@ -34,7 +34,7 @@ def parser():
     p = system.Parser(prog="python -m lfu_min.teach.explain",
                       description="The first step of a training, told slowly.",
                       epilog="The flags mean what they mean in train.py.")
-    p.add_argument("--model", help="Hugging Face folder of a Llama [the bundled one]")
+    p.add_argument("--model", help="Hugging Face folder [the bundled one]")
     p.add_argument("--data", help=".json or .jsonl file of examples [256 word problems]")
     p.add_argument("--template", choices=data.TEMPLATES, help="of the prompt [plain]")
     p.add_argument("--max-len", type=int, help="tokens; longer examples are dropped [256 / 2048]")

@@ -116,10 +116,18 @@ def questions(s):
             for name in names]
 
 
+def shown(question):
+    """A prompt as text: a question, or the messages of a conversation, one a line."""
+    if isinstance(question, str):
+        return question
+    return "\n          ".join(f"{m['role']}: {m['content']}" for m in question)
+
+
 def answers(model, tokenizer, asked, template):
     """One line of greedy answer a question."""
     prompts = [data.prompt_ids(tokenizer, question, template) for question in asked]
     room = model.config.max_position_embeddings
     prompts = [ids[:room] for ids in prompts]
-    replies = generate(model, prompts, max_new_tokens=80, stop_ids=tokenizer.eos_ids)
+    replies = generate(model, prompts, max_new_tokens=80,
+                       stop_ids=data.stop_ids(tokenizer, template))
     return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]

@@ -55,8 +55,8 @@ def rewrite(model, tokenizer, examples, template="plain", max_new_tokens=256, ba
     room = model.config.max_position_embeddings
     prompts = [data.prompt_ids(tokenizer, REQUEST.format(question=e.prompt, answer=e.answer),
                                template)[:room] for e in examples]
-    rows = generate(model, prompts, max_new_tokens, tokenizer.eos_ids, batch_size=batch_size,
-                    on_progress=on_progress)
+    rows = generate(model, prompts, max_new_tokens, data.stop_ids(tokenizer, template),
+                    batch_size=batch_size, on_progress=on_progress)
     result, kept = [], 0
     for example, prompt, row in zip(examples, prompts, rows):
         text = tokenizer.decode(row).strip()
@@ -81,7 +81,7 @@ def main(argv=None):
     s = p.parse_args(argv)
     if not s.out.endswith(".json"):
         raise ValueError(f"--out {s.out} should be a .json file")
-    examples, tokenizer = data.read_examples(s.data), load_tokenizer(s.model)
+    examples, tokenizer = data.read_examples(s.data, questions=True), load_tokenizer(s.model)
     device = system.pick_device(s.device)
     model = load_model(s.model, device, system.pick_dtype("auto", device)[1])
     examples, kept = rewrite(model, tokenizer, examples, s.template, s.max_new_tokens, s.batch_size)

@@ -24,11 +24,11 @@ USUAL = dict(aux="lora", lam=5.0, alpha=0.1, layers="all", move="ascent", compar
 
 def parser():
     p = system.Parser(
-        prog="train.py", description="Fine-tune a Llama with LfU, or with what it is compared to.",
+        prog="train.py", description="Fine-tune a model with LfU, or with what it is compared to.",
         epilog="Defaults stand in brackets; where there are two: for the bundled model / with "
                "--model.")
     g = p.add_argument_group("model and data")
-    g.add_argument("--model", help="Hugging Face folder of a Llama [the bundled one / required]")
+    g.add_argument("--model", help="Hugging Face folder [the bundled one / required]")
     g.add_argument("--data", help=".json or .jsonl file of examples [256 word problems / required]")
     g.add_argument("--template", choices=data.TEMPLATES, default="plain",
                    help="how a question becomes a prompt [plain]")
