@@ -109,6 +109,18 @@ def json_type(value):
     return names.get(type(value), "a number")
 
 
+def to_disk(path):
+    """Wait until what was written to a file, or the names in a folder, would outlive a power cut.
+    Raises OSError."""
+    if os.name == "nt":
+        return  # there a file would have to be open for writing, and no folder can be
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def written_aside(path):
     """A temporary path to write to, which takes the place of `path` at the end of the block.
@@ -124,6 +136,7 @@ def written_aside(path):
         mode = temporary.stat().st_mode  # as umask says; safetensors' own is 0600
         yield temporary
         temporary.chmod(mode)
+        to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from None

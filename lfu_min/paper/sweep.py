@@ -15,6 +15,7 @@ import importlib.util
 from itertools import product
 import multiprocessing
 from pathlib import Path
+import shutil
 import sys
 import time
 
@@ -96,8 +97,7 @@ def one(setting, folder, split, threads):
     if file.is_file():
         return jsons.read_json(file)
     if not (folder / "trained").is_file():
-        for old in run.glob("*"):  # left by an interrupted run
-            old.unlink()
+        shutil.rmtree(run, ignore_errors=True)  # left by an interrupted run
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
             train_script().main([*flags(setting), "--out", str(run)])
