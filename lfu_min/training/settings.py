@@ -63,7 +63,7 @@ def parser():
     g.add_argument("--tune", choices=("lora", "full"), default="lora",
                    help="train a LoRA, or all weights [lora]")
     g.add_argument("--r", type=int, default=8, help="LoRA rank [8]")
-    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA's scaling is this / r [16]")
+    g.add_argument("--lora-alpha", type=float, default=16.0, help="LoRA's scaling is this / r [16]")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=float, help="passes over the data [10 / 3]")
     g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
