@@ -8,6 +8,7 @@ power cut. Slow: signals to the script, kill -9 at 50 random moments (of forks o
 have torch already), two processes of torchrun. Differences are compared byte for byte; planted
 mistakes in what is restored are seen.
 """
+import errno
 import json
 import math
 import os
@@ -26,12 +27,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
+from conftest import randomise
 import eval as eval_script
 import train
-from lfu_min import load_adapter, load_model
+from lfu_min import load_adapter, load_model, save_model
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine import system
 from lfu_min.engine.system import ROOT
+from lfu_min.model import Llama, LlamaConfig
 from lfu_min.paper import sweep
 from lfu_min.training import checkpoints, folder, log, loop
 from lfu_min.training.checkpoints import latest, read_state, steps_in
@@ -43,10 +46,26 @@ class PowerCut(Exception):
     """Ends a run at once, as nothing in it expects."""
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny random model and the bundled tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    vocabulary = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
+    save_model(randomise(Llama(LlamaConfig(vocabulary, 16, 24, 2, 2, 1, 8)), std=0.1), path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, path)
+    return path
+
+
 @pytest.fixture
-def words(tmp_path):
-    """Twelve short examples of different lengths."""
-    path = tmp_path / "words.jsonl"
+def words(tmp_path, model):
+    """Twelve short examples of different lengths, beside a link to the model."""
+    return write_words(tmp_path, model)
+
+
+def write_words(folder, model):
+    (folder / "model").symlink_to(model)
+    path = folder / "words.jsonl"
     rows = [{"question": f"What is {i} + {i + 1}?",
              "answer": "It is " + "so " * (i % 5) + str(2 * i + 1)} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -60,8 +79,9 @@ def no_answers(monkeypatch):
 
 
 def flags(words, out, *more):
-    return ["--data", str(words), "--out", str(out), "--device", "cpu", "--batch-size", "3",
-            "--max-steps", str(STEPS), *more]
+    return ["--model", str(words.with_name("model")), "--data", str(words), "--out", str(out),
+            "--device", "cpu", "--batch-size", "3", "--accumulate", "1", "--lr", "5e-3",
+            "--max-len", "99", "--max-steps", str(STEPS), *more]
 
 
 def start(words, out, *more):
@@ -92,6 +112,10 @@ def ended_after(step, how, run, *args):
         with pytest.raises(SystemExit) as ended:
             run(*args)
         assert ended.value.code == 128 + how
+
+
+def changed_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def differences(one, two):
@@ -216,8 +240,8 @@ def other_state(**changes):
 @pytest.mark.parametrize("planted, seen", [
     (without(".exp_avg"), "adapter_model.safetensors"),
     (without(".exp_avg_sq"), "adapter_model.safetensors"),
-    (without("layers.5.mlp.down_proj.lora_B.step"), "adapter_model.safetensors"),
-    (without("layers.2.mlp.up_proj.lora_A"), "adapter_model.safetensors"),
+    (without("layers.1.mlp.down_proj.lora_B.step"), "adapter_model.safetensors"),
+    (without("layers.0.mlp.up_proj.lora_A"), "adapter_model.safetensors"),
     (other_state(step=lambda n: n - 1), "adapter_model.safetensors"),
     (other_state(token_scale=lambda x: 16.0), "log.jsonl"),
     (other_state(good_steps=lambda n: 0), "log.jsonl"),
@@ -231,7 +255,7 @@ def test_a_mistake_in_what_is_restored_is_seen(tmp_path, words, overflowing, pla
     start(words, one, "--dtype", "fp16")
     ended_after(3, PowerCut, start, words, two, "--dtype", "fp16", "--save-every", "2")
     monkeypatch.setattr(*planted)
-    resume(two)
+    resume(two, "--save-every", "0")
     assert seen in differences(one, two)
 
 
@@ -301,20 +325,40 @@ def test_a_signal_that_is_ignored_stays_so():
 
 # ---- what can go wrong ----
 
-@pytest.mark.parametrize("limit, named", [(100_000, "step-000003 cannot be written"),
-                                          (1800, "log.jsonl cannot be written")])
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, words, limit, named):
+class FullDisk:
+    """A file to which half a line can still be written."""
+
+    def __init__(self, path, *args, **kwargs):
+        self.file = path.open("a")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, text):
+        self.file.write(text[:len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, words, what):
     resource = pytest.importorskip("resource", reason="limits the size of files, as a full disk")
     one, two = tmp_path / "one", tmp_path / "two"
     start(words, one)
     ended_after(2, signal.SIGTERM, start, words, two)
     before = {p.name: p.read_bytes() for p in latest(two).iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.MonkeyPatch.context() as patch:  # settings.json is larger than two lines of log
-        patch.setattr(folder, "going_on", lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE,
-                                                                           (limit, hard)))
+    named = "step-000003" if what == "checkpoint" else "log.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "log":
+            patch.setattr(log, "open", FullDisk, raising=False)
+        else:  # the log still fits
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
         try:
-            with pytest.raises(ValueError, match=f"{named}: File too large") as error:
+            with pytest.raises(ValueError, match=f"{named} cannot be written: (File too large|No "
+                                                 "space left on device)") as error:
                 resume(two, "--save-every", "1")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -340,14 +384,24 @@ def test_a_folder_that_vanishes_is_one_line(tmp_path, words, monkeypatch, when, 
     assert "\n" not in str(error.value) and not out.exists()
 
 
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory, model):
+    """A run that was stopped after step 2, beside its model and data; not to be changed."""
+    folder = tmp_path_factory.mktemp("halted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "answers", lambda *args: [])
+        words = write_words(folder, model)
+        ended_after(2, signal.SIGTERM, start, words, folder / "out")
+    return folder / "out"
+
+
 @pytest.fixture
-def stopped(tmp_path, words):
-    """A run on copies of model and data, stopped after step 2."""
-    shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("data", "*.py"))
-    out = tmp_path / "out"
-    ended_after(2, signal.SIGTERM, start, words, out, "--model", str(tmp_path / "model"),
-                "--accumulate", "1")
-    return out
+def stopped(tmp_path, halted):
+    """A copy of that run, of its model and data."""
+    shutil.copytree(halted.parent, tmp_path, dirs_exist_ok=True)
+    changed_json(tmp_path / "out" / "settings.json", model=str(tmp_path / "model"),
+                 data=str(tmp_path / "words.jsonl"))
+    return tmp_path / "out"
 
 
 def refused(out, named, *more):
@@ -360,23 +414,23 @@ def refused(out, named, *more):
     "--lr 0.1", "--aux reps", "--aux none", "--lam 2", "--alpha 1", "--layers early",
     "--move random", "--compare cosine", "--method sam", "--tune full", "--r 4", "--lora-alpha 8",
     "--max-steps 9", "--epochs 1", "--batch-size 4", "--accumulate 2", "--seed 1", "--dtype bf16",
-    "--template alpaca", "--max-len 99", "--shard", "--out elsewhere", "--keep 0"])
-def test_other_settings_are_refused_by_name(stopped, more):
-    refused(stopped, more.split()[0], *more.split())
+    "--template alpaca", "--max-len 98", "--shard", "--out elsewhere", "--keep 0"])
+def test_other_settings_are_refused_by_name(halted, more):
+    refused(halted, more.split()[0], *more.split())
 
 
-def test_the_same_settings_and_harmless_ones_are_not(stopped, words, tmp_path):
-    shutil.move(words, tmp_path / "moved.jsonl")
+def test_the_same_settings_and_harmless_ones_are_not(stopped, tmp_path):
+    shutil.move(tmp_path / "words.jsonl", tmp_path / "moved.jsonl")
     shutil.move(tmp_path / "model", tmp_path / "elsewhere")
     refused(stopped, "words.jsonl is gone", "--model", str(tmp_path / "elsewhere"))
     resume(stopped, "--model", str(tmp_path / "elsewhere"), "--data", str(tmp_path / "moved.jsonl"),
            "--save-every", "1", "--keep", "1", "--device", "cpu", "--max-steps", "5", "--aux",
-           "lora", "--lr", "1e-4", "--dtype", "auto", "--activation-checkpointing",
+           "lora", "--lr", "5e-3", "--dtype", "auto", "--activation-checkpointing",
            "--out", str(stopped))
 
 
-def test_another_model_or_other_data_are_refused_by_name(stopped, words, tmp_path):
-    for file in (words, tmp_path / "model" / "config.json", tmp_path / "model" / "tokenizer.json",
+def test_another_model_or_other_data_are_refused_by_name(stopped, tmp_path):
+    for file in (tmp_path / "words.jsonl", tmp_path / "model" / "config.json", tmp_path / "model" / "tokenizer.json",
                  tmp_path / "model" / "model.safetensors"):
         whole = file.read_bytes()
         file.write_bytes(whole + b" ")
@@ -386,14 +440,10 @@ def test_another_model_or_other_data_are_refused_by_name(stopped, words, tmp_pat
     refused(stopped, "model.safetensors is gone")
 
 
-def changed_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 @pytest.mark.parametrize("changes, named", [
     (dict(lr=0.5), "step-000002 belongs to a run with another lr"), (dict(lr="fast"), "lr"),
     (dict(processes=2), "runs with 2 processes"), (dict(aux="up"), "aux"),
-    (dict(data_sha256="0"), "words.jsonl has changed"), (dict(seed=None), "seed"),
+    (dict(data_sha256="0"), "words.jsonl has changed"), (dict(lam=None), "has no lam"),
     (dict(model_sha256=None), "model_sha256"), (dict(max_steps=7), "another max_steps")])
 def test_a_record_that_was_changed_is_refused_by_name(stopped, changes, named):
     changed_json(stopped / "settings.json", **changes)
@@ -434,7 +484,7 @@ DAMAGE = {
     "log.jsonl, line 1: the record of step 1": lambda p: (p.parent.parent / "log.jsonl").write_text(
         "\n".join((p.parent.parent / "log.jsonl").read_text().splitlines()[::-1]) + "\n"),
     "settings.json is missing": lambda p: (p.parent.parent / "settings.json").unlink(),
-    "settings.json has no alpha": lambda p: (p.parent.parent / "settings.json").write_text("{}"),
+    "settings.json has no accumulate": lambda p: (p.parent.parent / "settings.json").write_text("{}"),
     "no such folder": lambda p: shutil.rmtree(p.parent.parent)}
 
 
@@ -472,7 +522,8 @@ def test_runs_that_start_in_one_moment_share_no_folder(tmp_path, monkeypatch, pa
 
 def test_a_sweep_begins_a_run_anew_that_was_interrupted(tmp_path, words, monkeypatch):
     monkeypatch.setattr(sweep, "scores", lambda *args: {})
-    setting = {"data": str(words), "max-steps": "2", "batch-size": "2", "device": "cpu"}
+    setting = {"model": str(words.with_name("model")), "data": str(words), "max-steps": "2",
+               "max-len": "99", "device": "cpu"}
     ended_after(1, signal.SIGTERM, start, words, tmp_path / "run")
     monkeypatch.setattr(sweep, "train_script", lambda: train)
     sweep.one(setting, tmp_path, "test", 1)
@@ -481,7 +532,8 @@ def test_a_sweep_begins_a_run_anew_that_was_interrupted(tmp_path, words, monkeyp
 
 # ---- --verify ----
 
-def test_verify_says_what_is_no_longer_what_it_was(stopped, words, tmp_path, capsys):
+def test_verify_says_what_is_no_longer_what_it_was(stopped, tmp_path, capsys):
+    words = tmp_path / "words.jsonl"
     with pytest.raises(ValueError, match="the run has not finished"):
         train.main(["--verify", str(stopped)])
     resume(stopped)
@@ -619,7 +671,7 @@ def test_kill_9_at_the_end_leaves_a_whole_adapter_or_none(tmp_path, words):
         os.waitpid(child, 0)
         if (out / "adapter_config.json").exists():
             adapters += 1
-            load_adapter(load_model(BUNDLED, dtype=torch.float32), out)
+            load_adapter(load_model(words.with_name("model")), out)
             found = load_file(out / "adapter_model.safetensors")
             assert all(torch.equal(found[name], weights[name]) for name in weights)
         resume(out)

@@ -142,13 +142,15 @@ def settings_of_run(run, argv=None):
                          "train.py wrote")
     recorded, p = jsons.read_json(file), parser()
     names = vars(p.parse_args([])).keys() - {"out", "resume", "verify"}
-    lacking = sorted(names - recorded.keys())
+    takes = TAKES.get(str(recorded.get("method")), {})
+    may_be_null = {"max_steps", "keep", *(USUAL.keys() - TAKES["lfu"].keys() - takes.keys())}
+    lacking = sorted(name for name in names - may_be_null if recorded.get(name) is None)
     if lacking:
         raise ValueError(f"{file} has no {', '.join(lacking)}: no run of this train.py, or one of "
                          "an earlier version")
     flags = []  # the record as a command line: the parser checks it like any other
     for name in sorted(names):
-        value, flag = recorded[name], "--" + name.replace("_", "-")
+        value, flag = recorded.get(name), "--" + name.replace("_", "-")
         if value is not None and value is not False:
             flags.append(flag if value is True else f"{flag}={value}")
     try:
