@@ -43,7 +43,7 @@ def main(argv=None):
     s.dtype, dtype = system.pick_dtype(s.dtype, team.device)
     s.processes = team.world
     if s.resume and folder.finished(s.resume):
-        return folder.say_finished(s.resume, team)
+        return folder.say_finished(s, team)
     if team.rank == 0:
         folder.check(s)
     config, tokenizer = load_config(s.model), load_tokenizer(s.model)

@@ -54,7 +54,7 @@ class Checkpoints:
         if self.out is None:
             return log.read(self.s.resume, done)[0]
         folder.going_on(self.s, done, self.team.device)
-        remove_half_written(self.out / "checkpoints")
+        folder.remove_half_written(self.out / "checkpoints")
         print(f"resumed  {self.out} after step {done} of {self.s.steps}\n", flush=True)
         return log.cut(self.out, done)
 
@@ -110,7 +110,7 @@ class Checkpoints:
         aside = path.with_name(f"{path.name}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            remove_half_written(path.parent)
+            folder.remove_half_written(path.parent)
             aside.mkdir()
             write_tensors(aside / "trained.safetensors", weights)
             write_tensors(aside / "optimizer.safetensors", moments)
@@ -139,7 +139,7 @@ class Checkpoints:
         step-... is whole at any moment."""
         for old in steps_in(self.out)[:-(self.s.keep or 1)]:
             os.rename(old, old.with_name(f"{old.name}.tmp"))
-        remove_half_written(self.out / "checkpoints")
+        folder.remove_half_written(self.out / "checkpoints")
 
 
 def name_of(step):
@@ -156,11 +156,6 @@ def steps_in(run):
 def latest(run):
     """The last checkpoint of a run, or None."""
     return (steps_in(run) or [None])[-1]
-
-
-def remove_half_written(folder):
-    for path in Path(folder).glob("step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(path, run=None):

@@ -86,8 +86,7 @@ def going_on(s, step, device):
     """Record in settings.json that s.resume goes on after `step`, and where; files that were being
     written when it ended are removed."""
     out, recorded = Path(s.resume), read_record(s.resume)
-    for old in out.glob("*.tmp"):
-        old.unlink()
+    remove_half_written(out)
     now = {"after_step": step, "device": str(device), **system.environment()}
     write_json(out / "settings.json", {**recorded, "save_every": s.save_every, "keep": s.keep,
                                        "resumed": [*recorded.get("resumed", []), now]})
@@ -130,8 +129,24 @@ def finish(s, out):
     removed, unless --keep says how many stay."""
     recorded = read_json(out / "settings.json")
     write_json(out / "settings.json", {**recorded, "saved_sha256": hashes.adapter_hashes(out)})
-    if s.keep is None:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    tidy(s, out)
+
+
+def tidy(s, out):
+    """Remove what a finished run needs no more: first under another name, so that what is called
+    checkpoints/ is whole at any moment."""
+    if s.keep is None and (out / "checkpoints").is_dir():
+        os.rename(out / "checkpoints", out / "checkpoints.tmp")
+    remove_half_written(out)
+
+
+def remove_half_written(folder):
+    """Remove files and folders that were being written, or removed, when a process ended."""
+    for path in folder.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def finished(run):
@@ -139,12 +154,13 @@ def finished(run):
     return bool(read_record(run)["saved_sha256"])
 
 
-def say_finished(run, team):
+def say_finished(s, team):
     """What --resume does with such a run: a line. Returns the folder and its log, as train.main."""
-    steps = read_record(run)["steps"]
+    run, steps = Path(s.resume), read_record(s.resume)["steps"]
     if team.rank == 0:
+        tidy(s, run)  # it may have been killed just before that
         print(f"{run} is finished: all {steps} steps are done and saved")
-    return Path(run), log.read(run, steps)[0]
+    return run, log.read(run, steps)[0]
 
 
 def verify(run, model=None, file=None):
