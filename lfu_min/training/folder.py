@@ -176,8 +176,8 @@ def verify(run, model=None, file=None):
         wrong.append("adapter: there is none yet, the run has not finished")
     if wrong:
         raise ValueError(f"{run}: " + "; ".join(wrong))
-    print(f"{run}: as recorded: model {model} ({len(recorded['model_sha256'])} files), data {file}, "
-          f"{', '.join(saved)}")
+    print(f"{run}: as recorded: model {model} ({', '.join(recorded['model_sha256'])}), "
+          f"data {file}, adapter ({', '.join(saved)})")
     return Path(run), log.read(run, recorded["steps"])[0]
 
 
