@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 import shutil
 
-from ..engine import system
+from ..engine import distributed, system
 from ..files import data, hashes
 from ..files.jsons import read_json, write_json
 from . import log
@@ -160,6 +160,7 @@ def say_finished(s, team):
     if team.rank == 0:
         tidy(s, run)  # it may have been killed just before that
         print(f"{run} is finished: all {steps} steps are done and saved")
+    distributed.leave()
     return run, log.read(run, steps)[0]
 
 
