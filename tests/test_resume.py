@@ -161,6 +161,20 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, words, kind, monkeyp
     out, records = resume(two)
     assert len(steps_in(one)) == STEPS - 1 and not differences(one, two)
     assert out == two and [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    train.main(["--verify", str(two)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aux", ["lora", "reps", "inplace", "none"])
+def test_the_bundled_model_with_its_defaults_too(tmp_path, aux):
+    """Twelve steps of 16 word problems; another process would not make a difference, see below."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = ["--aux", aux, "--max-steps", "12", "--device", "cpu", *ALL, "--keep", "12"]
+    train.main([*command, "--out", str(one)])
+    ended_after(5, signal.SIGINT, train.main, [*command, "--out", str(two)])
+    ended_after(8, PowerCut, resume, two)
+    resume(two)
+    assert len(steps_in(one)) == 11 and not differences(one, two)
 
 
 @pytest.mark.parametrize("cut", some([1, 3, 4, 5], [1, 4]))
