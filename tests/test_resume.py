@@ -663,6 +663,15 @@ def forked(argv, kill_before=None):
         os._exit(code)
 
 
+def check_whole(run):
+    """What is called a checkpoint is whole, and its steps are logged."""
+    for path in steps_in(run):
+        weights, moments = (load_file(path / f"{name}.safetensors")
+                            for name in ("trained", "optimizer"))
+        assert len(moments) == 3 * len(weights) > 0
+        log.read(run, read_state(path)["step"])
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks this process")
 
 
@@ -683,12 +692,7 @@ def test_kill_9_at_50_random_moments_leaves_a_checkpoint_that_loads(tmp_path, wo
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         saving += any((out / "checkpoints").glob("*.tmp"))
-        path = latest(out)
-        if path:
-            state = read_state(path)
-            assert len(load_file(path / "optimizer.safetensors")) == 3 * len(load_file(
-                path / "trained.safetensors"))
-            log.read(out, state["step"])
+        check_whole(out)
     assert saving > 0
     done = int(latest(out).name[5:])
     ended_after(done + 1, signal.SIGTERM, resume, out)
@@ -712,8 +716,7 @@ def test_a_kill_before_any_operation_on_the_disk_is_survived(tmp_path, words):
         survived += 1
         if (two / "adapter_config.json").exists():
             load_adapter(load_model(model), two)
-        if latest(two):
-            read_state(latest(two))
+        check_whole(two)
         if (two / "settings.json").exists():
             resume(two)
             assert not differences(one, two)

@@ -97,7 +97,8 @@ def one(setting, folder, split, threads):
     if file.is_file():
         return jsons.read_json(file)
     if not (folder / "trained").is_file():
-        shutil.rmtree(run, ignore_errors=True)  # left by an interrupted run
+        for old in run.glob("*"):  # left by an interrupted run
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
             train_script().main([*flags(setting), "--out", str(run)])

@@ -9,6 +9,7 @@ whether that is still so (--resume, --verify).
 from contextlib import contextmanager, suppress
 import os
 from pathlib import Path
+import re
 import shutil
 
 from ..engine import distributed, system
@@ -93,11 +94,11 @@ def going_on(s, step, device):
 
 
 def read_record(run):
-    """run/settings.json, with the hashes of model and data. Raises ValueError where they are
-    missing."""
+    """The object in run/settings.json. Raises ValueError where what --resume and --verify need of
+    it is missing."""
     recorded = read_json(Path(run) / "settings.json")
     lacking = [name for name, kind in (("data_sha256", str), ("model_sha256", dict),
-                                       ("processes", int), ("saved_sha256", dict))
+                                       ("processes", int), ("steps", int), ("saved_sha256", dict))
                if not isinstance(recorded.get(name), kind)]
     if lacking:
         raise ValueError(f"{run}/settings.json has no {', '.join(lacking)}: no run of this "
@@ -143,9 +144,9 @@ def tidy(s, out):
 def remove_half_written(folder):
     """Remove files and folders that were being written, or removed, when a process ended."""
     for path in folder.glob("*.tmp"):
-        if path.is_dir():
+        if path.is_dir() and re.fullmatch(r"(step-\d+|checkpoints)\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif path.is_file() and re.fullmatch(r".+\.\d+\.tmp", path.name):  # jsons.written_aside's
             path.unlink()
 
 
