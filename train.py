@@ -2,7 +2,8 @@
 
 Without --model it takes the bundled model and its 256 word problems, and needs neither network nor
 GPU. With --model it takes any Llama checkpoint folder, with the settings of the paper's authors.
-`--aux none` is plain SFT. The method is lfu_min/lfu.py; this file is the way there and the loop.
+`--aux none` is plain SFT, `--resume RUN` goes on with a run that was interrupted. The method is
+lfu_min/lfu.py; this file is the way there and the loop.
 """
 import math
 import signal
