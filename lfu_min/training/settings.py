@@ -70,6 +70,11 @@ def parser():
     g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
     g.add_argument("--lr", type=float, help="peak learning rate [0.005 / 0.0001]")
+    the_run(p)
+    return p
+
+
+def the_run(p):
     g = p.add_argument_group("the run")
     g.add_argument("--seed", type=int, default=42, help="[42]")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
@@ -90,7 +95,6 @@ def parser():
                    "finished [1, and none of a finished run]")
     g.add_argument("--verify", metavar="RUN", help="say whether model, data and adapter still are "
                    "the files that this run recorded, and do nothing else")
-    return p
 
 
 def get_settings(argv=None):
