@@ -15,9 +15,13 @@ import argparse
 from functools import partial
 import math
 from pathlib import Path
+import signal
 import sys
 import time
 from typing import NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 

@@ -2,12 +2,15 @@
 
 Without --model it takes the bundled model and its 256 word problems, and needs neither network nor
 GPU. With --model it takes a folder of a Llama, Mistral or Qwen, with the settings of the paper's
-authors. `--aux none` is plain SFT. The method is lfu_min/lfu.py; this file is the way there and the
-loop.
+authors. `--aux none` is plain SFT, `--resume RUN` goes on with a run that was interrupted. The
+method is lfu_min/lfu.py; this file is the way there and the loop.
 """
-import json
 import math
+import signal
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 
@@ -16,13 +19,13 @@ from lfu_min.engine.passes import TOKEN_SCALE, trained
 from lfu_min.files import data
 from lfu_min.files.adapter import save_adapter
 from lfu_min.files.checkpoint import load_config, load_model, save_model
-from lfu_min.files.jsons import finite, write_json
 from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.lfu import lfu_step
 from lfu_min.lora import add_lora
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES, parse_layers, prompt_examples
 from lfu_min.training import folder, log
-from lfu_min.training.loop import learning_rate, plan_step, step_or_skip
+from lfu_min.training.checkpoints import Checkpoints
+from lfu_min.training.loop import LossScale, learning_rate, plan_step, step_or_skip
 from lfu_min.training.settings import get_settings, strengths
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then a cosine to 0
@@ -32,13 +35,18 @@ CLIP = 1.0  # largest norm of the gradient
 def main(argv=None):
     """Run one fine-tuning. Returns the run's folder and its log, a list of dictionaries. Raises
     ValueError on bad input, before anything is written."""
-    s = get_settings(argv)
-    started = time.time()
+    s, started = get_settings(argv), time.time()
+    if s.verify:
+        return folder.verify(s.verify, s.model, s.data)
     team = distributed.join(system.pick_device(s.device))  # rank 0 of 1 process, but for torchrun
     if s.shard:
         distributed.check_shard(team.world, team.device)
     s.dtype, dtype = system.pick_dtype(s.dtype, team.device)
-    folder.check_out(s.out or "runs/new")
+    s.processes = team.world
+    if s.resume and folder.finished(s.resume):
+        return folder.say_finished(s, team)
+    if team.rank == 0:
+        folder.check(s)
     config, tokenizer = load_config(s.model), load_tokenizer(s.model)
     layers = parse_layers(s.layers, config.num_hidden_layers)
     examples, dropped = load_examples(s, config, tokenizer)
@@ -54,14 +62,10 @@ def main(argv=None):
     if runs_model:
         before = log.answers(model, tokenizer, asked, s.template)
     if team.rank == 0:
-        out = folder.make_out(s.out, s.aux if s.method in ("lfu", "sft") else s.method)
-        write_json(out / "settings.json", {
-            **vars(s), "out": str(out), "device": str(team.device), "processes": team.world,
-            "examples": len(examples), "dropped": dropped, "data_sha256": data.data_hash(s.data),
-            **system.environment()})
-
-    records = train(s, model, examples, layers, tokenizer.eos_id, out, team)
-    save(s, model, out)
+        out = folder.begin(s, team.device, examples=len(examples), dropped=dropped)
+    with folder.locked(out), system.stop_signals() as stop:
+        records = train(s, model, examples, layers, tokenizer.eos_id, out, team, stop)
+        save(s, model, out)
     if runs_model:
         after = log.answers(model, tokenizer, asked, s.template)
     distributed.leave()
@@ -80,8 +84,10 @@ def load_examples(s, config, tokenizer):
         raise ValueError(f"{s.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
                          f"{config.vocab_size} rows")
     s.max_len = min(s.max_len, config.max_position_embeddings)
-    examples, dropped = data.load_dataset(s.data, tokenizer, s.template, s.max_len)
-    return prompt_examples(examples) if s.method == "prompt" else examples, dropped
+    examples, dropped = data.load_dataset(s.data, tokenizer, s.template, s.max_len, log.encoding())
+    if s.method == "prompt":
+        examples[:] = prompt_examples(examples)
+    return examples, dropped
 
 
 def load(s, device, dtype):
@@ -100,16 +106,19 @@ def load(s, device, dtype):
     return model
 
 
-def train(s, model, examples, layers, pad_id, out, team):
-    """The loop: one optimizer step a turn. Returns the log, which process 0 also writes."""
+def train(s, model, examples, layers, pad_id, out, team, stop):
+    """The loop: one optimizer step a turn. Returns the log, which process 0 also writes. After a
+    signal (stop, see system.stop_signals) it saves a checkpoint and exits."""
     th = trained(model)
     fused = team.device.type == "cuda" or None
     optimizer = torch.optim.AdamW(th, lr=s.lr, weight_decay=0.0, fused=fused)
-    token_scale = TOKEN_SCALE if s.dtype == "fp16" else None
-    records, started = [], time.time()
-    for step in range(1, s.steps + 1):
+    scale = LossScale(TOKEN_SCALE if s.dtype == "fp16" else None)
+    checkpoints = Checkpoints(s, out, team, model, optimizer, scale, stop)
+    records = checkpoints.restore()  # [], or with --resume the steps that are done
+    first, started = len(records) + 1, time.time() - sum(r["ms"] for r in records) / 1000
+    for step in range(first, s.steps + 1):
         tic = time.perf_counter()
-        plan = plan_step(s, examples, step, team, pad_id, token_scale)
+        plan = plan_step(s, examples, step, team, pad_id, scale.value)
         results = []
         for batch in plan.batches:
             if s.method != "lfu":  # plain SFT, or another of what LfU is compared with
@@ -126,15 +135,15 @@ def train(s, model, examples, layers, pad_id, out, team):
 
         record = log.summarise(results, s, plan, len(layers), team.device, step=step, lr=lr,
                                epoch=step / s.per_epoch, grad_norm=grad_norm,
-                               loss_scale=token_scale, target_tokens=plan.targets)
-        token_scale = step_or_skip(optimizer, record, token_scale)
+                               loss_scale=scale.value, target_tokens=plan.targets)
+        step_or_skip(optimizer, record, scale, plan, results)
         record["ms"] = 1000 * (time.perf_counter() - tic)
         records.append(record)
         if team.rank == 0:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                print(json.dumps(finite(record)), file=file)
-            if step in (1, s.steps) or step % max(1, s.steps // 20) == 0:
+            log.write(out, record)
+            if step in (first, s.steps) or step % max(1, s.steps // 20) == 0:
                 print(log.step_line(record, s.steps, started), flush=True)
+        checkpoints.after(step)
     return records
 
 
@@ -149,6 +158,7 @@ def save(s, model, out):
         save_adapter(model, out, base_model_name_or_path=s.model, state_dict=weights)
     else:
         save_model(model, out, base_dir=s.model, state_dict=weights)
+    folder.finish(s, out)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
     length = len("Question: 2+2?\nAnswer: 4") + 1  # + EOS
     kept, dropped = load_dataset(path, Letters(), max_len=length)
     assert dropped == 1 and kept == [encode_example(Letters(), Example("2+2?", "4"))] * 2
+    assert kept.numbers == [1, 3]
     message = (f"none of the 3 examples fits into max_len {length - 1}; "
                f"the shortest has {length} tokens")
     with pytest.raises(ValueError, match=message):

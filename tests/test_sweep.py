@@ -92,14 +92,23 @@ def test_what_is_scored_is_not_run_again_and_what_was_cut_short_is(tmp_path, mon
     (tmp_path / "scores_test.json").write_text(json.dumps(ROW))
     # nothing to train with: it would fail
     assert jobs.measured({"aux": "none"}, tmp_path, measures) == ROW
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text("half a run")
     seen = []
-    monkeypatch.setattr(jobs, "train_script", lambda: SimpleNamespace(main=seen.append))
+
+    def main(flags):
+        seen.append(flags)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "log.jsonl").write_text('{"ms": 1500}\n{"ms": 500}\n')
+    monkeypatch.setattr(jobs, "train_script", lambda: SimpleNamespace(main=main))
     measures |= {"scores_validation": lambda run: {"run": str(run)}}
     for _ in range(2):
         found = jobs.measured({"aux": "none", "lr": "1"}, tmp_path, measures)
         assert found == ROW | {"run": str(tmp_path / "run")}
     assert seen == [["--aux", "none", "--lr", "1", "--out", str(tmp_path / "run")]], "once"
-    assert not (tmp_path / "run").exists(), "what was cut short is gone"
-    assert float((tmp_path / "trained").read_text()) >= 0
+    assert not (tmp_path / "run" / "checkpoints").exists(), "what was cut short is gone"
+    assert float((tmp_path / "trained").read_text()) == 2.0
+    (tmp_path / "trained").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-0000002").mkdir(parents=True)
+    jobs.trained({"aux": "none"}, tmp_path)
+    assert seen[1:] == [["--resume", str(tmp_path / "run")]], "from its checkpoint"

@@ -19,8 +19,10 @@ from definitions import definition, total_norm
 import train
 from lfu_min import add_lora, load_adapter, load_model
 from lfu_min.bundled import BUNDLED
+from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
-from lfu_min.training.loop import micro_batch_seed
+from lfu_min.training import log, loop
+from lfu_min.training.loop import LossScale, Plan, micro_batch_seed, step_or_skip, suspects
 from lfu_min.training.settings import TAKES, get_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,12 +246,30 @@ def test_one_step_is_the_definition_on_the_same_micro_batches(tmp_path, words, m
     assert log[0]["grad_norm"] == pytest.approx(total_norm(total.values()), rel=1e-4)
 
 
-def test_long_examples_are_dropped_and_counted(tmp_path, words, capsys):
-    run(tmp_path, words, "d", "--aux", "none", "--max-len", "20")
+@pytest.mark.parametrize("length, warned", [("20", True), ("24", False)])
+def test_long_examples_are_dropped_and_counted(tmp_path, words, capsys, length, warned):
+    """With a warning where most are."""
+    run(tmp_path, words, "d", "--aux", "none", "--max-len", length, "--max-steps", "1")
     text = capsys.readouterr().out
     kept, dropped = (int(text.split(word)[0].split()[-n])
                      for word, n in ((" examples kept", 1), (" dropped", 1)))
     assert 0 < kept < 12 and kept + dropped == 12
+    assert ("warning  most examples are dropped" in text) == warned == (dropped > kept)
+
+
+def test_encoding_says_how_far_it_is_after_two_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "time", lambda: now[0])
+    report = log.encoding()
+    for done, seconds in enumerate((100, 101.9, 102.1, 103, 112, 112.2, 120), 1):
+        now[0] = seconds
+        report(1000 * done, 9000)
+    assert capsys.readouterr().err == ("encoding the data: 3,000 of 9,000 examples\n"
+                                       "encoding the data: 6,000 of 9,000 examples\n")
+    monkeypatch.setenv("RANK", "1")
+    now[0] = 200
+    report(8000, 9000)
+    assert capsys.readouterr().err == ""
 
 
 BAD = [
@@ -321,6 +341,79 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, words, mon
     monkeypatch.setattr(train, "lfu_step", broken)
     with pytest.raises(ValueError, match="step 1: the loss is nan"):
         run(tmp_path, words, "nan")
+
+
+@pytest.mark.parametrize("what, dtype", [("sft", "fp32"), ("grad", "fp32"), ("sft", "fp16")])
+def test_the_examples_of_what_is_not_finite_are_named(tmp_path, words, monkeypatch, what, dtype):
+    """By their numbers in the file, of the one micro-batch of the second step that is not finite;
+    five of the twelve are dropped."""
+    honest, step, seen = train.lfu_step, [], []
+    texts = [json.loads(line)["question"] for line in words.read_text().splitlines()]
+    tokenizer = load_tokenizer(BUNDLED)
+
+    def broken(model, batch, *args, **kwargs):
+        result = honest(model, batch, *args, **kwargs)
+        step.append(1)
+        if len(step) == 4:
+            for ids in batch.input_ids.tolist():
+                question = tokenizer.decode(ids).split("Question: ")[1].split("\n")[0]
+                seen.append(texts.index(question) + 1)
+            if what == "sft":
+                return {**result, "sft": torch.tensor(math.nan)}
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
+            result["sft_grad_norm"] = torch.tensor(math.nan)
+        return result
+    monkeypatch.setattr(train, "lfu_step", broken)
+    with pytest.raises(ValueError, match="step 2: the (loss|gradient's norm) is nan") as error:
+        run(tmp_path, words, "nan", "--batch-size", "2", "--accumulate", "2", "--max-len", "24",
+            "--dtype", dtype)
+    assert f"(examples {', '.join(map(str, seen))})" in str(error.value) and len(seen) == 2
+    assert "\n" not in str(error.value) and ("bf16" in str(error.value)) == (dtype == "fp16")
+
+
+def test_where_nothing_of_this_process_is_wrong_all_of_the_step_is_named():
+    plan = Plan([], 0, 2, 0, [[7, 8]], list(range(7, 30)))
+    assert suspects(plan, [{"sft": torch.tensor(1.0)}]) == (
+        "examples " + ", ".join(map(str, range(7, 27))) + " and 3 more")
+
+
+class NoOptimizer:
+    """Counts its steps."""
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+
+    def zero_grad(self, set_to_none):
+        pass
+
+
+def scales_of(overflows, steps):
+    """The loss scales of `steps` steps, of which those in `overflows` overflow."""
+    scale, optimizer, found = LossScale(16.0), NoOptimizer(), []
+    for step in range(1, steps + 1):
+        found.append(scale.value)
+        norm = math.inf if step in overflows else 1.0
+        step_or_skip(optimizer, dict(step=step, loss=1.0, grad_norm=norm), scale,
+                     Plan([], 0, 1, 0, [[1]], [1]), [{}])
+    assert optimizer.steps == steps - len(overflows)
+    return found
+
+
+def test_the_loss_scale_grows_back_after_1000_good_steps(monkeypatch):
+    """A long run with an overflow now and then goes on; the scale never exceeds its start."""
+    found = scales_of({1, 2, 1002, 3500}, 6000)
+    assert found[:3] == [16, 8, 4] and found[1000:1002] == [4, 4]  # 999 good ones: not yet
+    assert set(found[1002:2002]) == {2} and set(found[2002:3002]) == {4}
+    assert set(found[3002:3500]) == {8} and set(found[3500:4500]) == {4}
+    assert set(found[4500:5500]) == {8} and set(found[5500:]) == {16}
+    monkeypatch.setattr(loop, "GROW", 10**9)  # the planted mistake: it never grows back
+    with pytest.raises(ValueError, match="the gradient's norm is inf"):
+        scales_of(set(range(1, 60_000, 2000)), 60_000)
+    monkeypatch.undo()
+    assert scales_of(set(range(1, 60_000, 2000)), 60_000)[-1] == 16
+    with pytest.raises(ValueError, match="step 15: the gradient's norm is inf"):
+        scales_of(set(range(1, 30)), 30)  # but not where every step overflows
 
 
 def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path, words, monkeypatch):

@@ -121,6 +121,25 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def in_parts(tensor, like):
+    """A copy of a whole tensor on the device of `like`, cut into parts where `like` is; all
+    processes have the same one, and call this together."""
+    tensor = tensor.to(like.device, copy=True)
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def largest(number, device):
+    """The largest `number`, an int, of all processes."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
 def whole_state(model, only_trained):
     """{name: tensor} of a sharded model, put together on the CPU of process 0; the others get an
     empty one."""

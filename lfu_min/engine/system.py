@@ -3,11 +3,16 @@
 Called by the scripts (train.py, eval.py, sweep, bench); nothing of LfU is in here.
 """
 import argparse
+from contextlib import contextmanager
 import os
 from pathlib import Path
 import platform
+import signal
 import subprocess
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import torch
 
@@ -24,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(main):
     """Run a script's main(): bad input (ValueError, OSError) becomes one line on stderr and exit
-    status 2."""
+    status 2, Ctrl-C a word and 130."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # quiet imports, see train.py's begin
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError) as error:
@@ -32,6 +39,36 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def stop_signals():
+    """Inside the block Ctrl-C and SIGTERM stop nothing: they set `code`, of what the block gets, to
+    130 or 143 (else 0), for a loop to see. A second Ctrl-C is a KeyboardInterrupt.
+
+    Signals that are ignored (nohup) stay so; in a thread other than the main one nothing changes.
+    """
+    stop, pressed = SimpleNamespace(code=0), []
+
+    def note(number, frame):
+        stop.code = stop.code or 128 + number
+        if number == signal.SIGINT:
+            pressed.append(time.monotonic())
+            if pressed[-1] - pressed[0] > 0.3:  # not one that was sent twice, as torchrun may
+                raise KeyboardInterrupt
+            if len(pressed) == 1 and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+                  if signal.getsignal(number) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(error):

@@ -11,6 +11,7 @@ and every kind of bad file.
 """
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -109,19 +110,33 @@ def stop_ids(tokenizer, template="plain"):
     return (*tokenizer.eos_ids, *end_ids(tokenizer, template))
 
 
-def load_dataset(path, tokenizer, template="plain", max_len=1024):
-    """Read and encode a file -> (list of (input_ids, labels), number of examples dropped).
+class Encoded(list):
+    """Examples as (input_ids, labels), with `numbers`: which of the file's they are, from 1."""
+    numbers = ()
+
+
+def load_dataset(path, tokenizer, template="plain", max_len=1024, on_progress=None):
+    """Read and encode a file -> (Encoded, a list of (input_ids, labels); number of examples
+    dropped).
 
     Examples of more than max_len tokens are dropped, never cut: half an answer teaches not to
-    finish. Raises ValueError if none is left, and whatever `read_examples` raises.
+    finish. on_progress: called with (examples encoded, all of them) after each. Raises ValueError
+    if none is left, and whatever `read_examples` raises.
     """
-    encoded = [encode_example(tokenizer, example, template) for example in read_examples(path)]
-    kept = [example for example in encoded if len(example[0]) <= max_len]
+    examples, kept, shortest = read_examples(path), Encoded(), math.inf
+    kept.numbers = []
+    for number, example in enumerate(examples, 1):
+        ids, labels = encode_example(tokenizer, example, template)
+        shortest = min(shortest, len(ids))
+        if len(ids) <= max_len:
+            kept.append((ids, labels))
+            kept.numbers.append(number)
+        if on_progress:
+            on_progress(number, len(examples))
     if not kept:
-        shortest = min(len(ids) for ids, _ in encoded)
-        raise ValueError(f"{path}: none of the {len(encoded)} examples fits into max_len "
+        raise ValueError(f"{path}: none of the {len(examples)} examples fits into max_len "
                          f"{max_len}; the shortest has {shortest} tokens")
-    return kept, len(encoded) - len(kept)
+    return kept, len(examples) - len(kept)
 
 
 def batch_order(n, batch_size, seed, step, lengths=None):

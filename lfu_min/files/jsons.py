@@ -4,6 +4,7 @@ Errors are a ValueError of one line that names the file and, in JSON, the line. 
 beside the old one and takes its place when it is whole. Verified in tests/test_data.py.
 """
 from contextlib import contextmanager, suppress
+import errno
 import json
 import math
 import os
@@ -109,6 +110,21 @@ def json_type(value):
     return names.get(type(value), "a number")
 
 
+def to_disk(path):
+    """Wait until what was written to a file, or the names in a folder, would outlive a power cut.
+    Raises OSError, but not where the file system cannot do that."""
+    if os.name == "nt":
+        return  # there a file would have to be open for writing, and no folder can be
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def written_aside(path):
     """A temporary path to write to, which takes the place of `path` at the end of the block.
@@ -124,6 +140,7 @@ def written_aside(path):
         mode = temporary.stat().st_mode  # as umask says; safetensors' own is 0600
         yield temporary
         temporary.chmod(mode)
+        to_disk(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from None

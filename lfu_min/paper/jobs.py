@@ -1,7 +1,7 @@
 """One run of train.py and what is measured of it, kept in a folder so that nothing is done twice.
 
     FOLDER/run/             train.py's run
-    FOLDER/trained          there once it has ended: how many seconds it took
+    FOLDER/trained          there once it has ended: how many seconds its steps took
     FOLDER/<measure>.json   {column: number} of a measure
 
 Used by sweep.py and reproduce.py.
@@ -37,16 +37,19 @@ def as_flags(setting):
 
 
 def trained(flags, folder):
-    """The run folder of train.py with these flags, made unless it is there."""
+    """The run folder of train.py with these flags, made unless it is there. What an interrupted run
+    left is gone on with from its last checkpoint."""
     run, mark = folder / "run", folder / "trained"
     if not mark.is_file():
-        if run.is_dir():  # left by an interrupted run
-            shutil.rmtree(run)
+        how = ["--resume", str(run)]
+        if not any((run / "checkpoints").glob("step-*")):
+            shutil.rmtree(run, ignore_errors=True)
+            how = [*as_flags(flags), "--out", str(run)]
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.time()
-        with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
-            train_script().main([*as_flags(flags), "--out", str(run)])
-        mark.write_text(f"{time.time() - started:.1f}\n")
+        with open(folder / "log.txt", "a") as text, contextlib.redirect_stdout(text):
+            train_script().main(how)
+        records = [record for _, record in jsons.read_records(run / "log.jsonl")]
+        mark.write_text(f"{sum(r['ms'] for r in records) / 1000:.1f}\n")
     return run
 
 

@@ -17,7 +17,8 @@ from ..lora import remove_lora
 # where the run was made, and what follows from other fields. The data's hash stands for the data.
 ASIDE = {"seed", "method", "aux", "model", "data", "out", "device", "activation_checkpointing",
          "shard", "per_step", "per_epoch", "steps", "examples", "dropped", "versions", "platform",
-         "git_commit"}
+         "git_commit", "save_every", "keep", "resume", "verify", "resumed", "model_sha256",
+         "saved_sha256"}
 
 
 class Run(NamedTuple):
@@ -52,6 +53,8 @@ def find_runs(names, model=None):
         if not folder.is_dir():
             raise ValueError(f"{name} is not a folder; a run is a folder that train.py wrote")
         adapter, settings = folder / "adapter_config.json", folder / "settings.json"
+        if settings.is_file() and not read_json(settings).get("saved_sha256", True):
+            raise ValueError(f"{name} has not finished: python train.py --resume {name}")
         if not adapter.is_file() and not (folder / "config.json").is_file():
             raise ValueError(f"{name} holds neither adapter_config.json nor config.json: no run")
         found.append(Run(name, folder, read_json(settings) if settings.is_file() else {}))

@@ -3,9 +3,11 @@ of it on the screen, and answers before and after.
 
 docs/training.md, "The log", says what each field means.
 """
+import json
 import os
 from pathlib import Path
 import random
+import sys
 import time
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from ..bundled import BUNDLED, CATEGORIES
 from ..engine import distributed, system
 from ..engine.passes import trained
-from ..files import data
+from ..files import data, jsons
 from ..methods import AUXILIARIES
 from ..scoring.generate import generate
 from .settings import strengths
@@ -46,12 +48,27 @@ def describe(s, model, examples, dropped, tokenizer, device):
           f"{counts[1] - counts[0]:,} frozen, {moved:,} auxiliary (moved by the ascent)")
     print(f"data     {short(s.data)}: {len(examples)} examples kept, {dropped} dropped "
           f"(longer than {s.max_len} tokens)")
+    if dropped > len(examples):
+        print(f"warning  most examples are dropped: a larger --max-len keeps more of them "
+              f"(the model has {model.config.max_position_embeddings} positions)")
     print(f"steps    {s.steps} of {s.per_step} examples (about {tokens:.0f} tokens), "
           f"peak lr {s.lr:g}, seed {s.seed}")
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
     prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels)
                                        if (label == -100) == masked]) for masked in (True, False))
     print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n", flush=True)
+
+
+def encoding():
+    """An on_progress(done, total) for data.load_dataset: a line on stderr after 2 s, and from then
+    on every 10 s; of torchrun's processes the first one's."""
+    shown = [time.time() - 8]
+
+    def report(done, total):
+        if time.time() - shown[0] > 10 and os.environ.get("RANK", "0") == "0":
+            print(f"encoding the data: {done:,} of {total:,} examples", file=sys.stderr, flush=True)
+            shown[0] = time.time()
+    return report
 
 
 def short(path):
@@ -82,6 +99,43 @@ def summarise(results, s, plan, layers, device, **fields):
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
                 gradient_cosine=cosine / plan.count, consistency_per_layer=terms,
                 movement=movement)
+
+
+def write(out, record):
+    """Add the record of a step to out/log.jsonl. Raises ValueError: full disk, folder gone."""
+    file = Path(out) / "log.jsonl"
+    try:
+        with open(file, "a", encoding="utf-8") as lines:
+            print(json.dumps(jsons.finite(record)), file=lines)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror}; step {record['step']} is "
+                         f"not logged (python train.py --resume {out})") from None
+
+
+def read(run, steps):
+    """The records of the first `steps` steps in run/log.jsonl, and the lines they stand in. Raises
+    ValueError unless they are all there, in order; what follows them is not looked at."""
+    file = Path(run) / "log.jsonl"
+    lines = jsons.read_bytes(file).split(b"\n")[:-1][:steps] if steps else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = jsons.parse_json(line.decode("utf-8", "replace"), file, number)
+        if not isinstance(record, dict) or record.get("step") != number or "ms" not in record:
+            raise ValueError(f"{file}, line {number}: the record of step {number} should stand "
+                             "here")
+        records.append(record)
+    if len(records) < steps:
+        raise ValueError(f"{file} ends with step {len(records)}; step {steps} should be in it")
+    return records, lines
+
+
+def cut(run, steps):
+    """Leave only the first `steps` steps in run/log.jsonl: what an interrupted run logged after
+    its checkpoint is dropped, half a line too. Returns their records. ValueErrors: read's."""
+    records, lines = read(run, steps)
+    with jsons.written_aside(Path(run) / "log.jsonl") as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+    return records
 
 
 def step_line(r, steps, started):

@@ -8,6 +8,10 @@ import torch
 from ..engine.passes import make_batch
 from ..files import data
 
+GROW = 1000  # good steps after which float16's halved loss scale is doubled
+SHOWN = 20  # examples that an error names
+
+
 def learning_rate(step, steps, peak, warmup):
     """Rises linearly over the first `warmup` (a share) of the steps, then a cosine to 0. Steps
     count from 1."""
@@ -29,6 +33,8 @@ class Plan(NamedTuple):
     tokens: int  # in them, padding included
     count: int  # micro-batches of all processes
     targets: int  # supervised tokens in them: l_SFT's divisor
+    numbers: list  # a list for each of `batches`: which of the file's examples it has, from 1
+    chosen: list  # the same of the whole step
 
 
 def plan_step(s, examples, step, team, pad_id, token_scale=None):
@@ -55,25 +61,56 @@ def plan_step(s, examples, step, team, pad_id, token_scale=None):
     batches = [batch(chosen, start, targets, batch(others, start) if s.move == "other-batch"
                      else None) for start in own]
     tokens = sum(b.input_ids.numel() for b, start in zip(batches, own) if start in starts)
-    return Plan(batches, tokens, len(starts), targets)
+    numbers = getattr(examples, "numbers", range(1, len(examples) + 1))
+    chosen = [numbers[i] for i in chosen]
+    return Plan(batches, tokens, len(starts), targets,
+                [chosen[start:start + s.batch_size] for start in own], chosen)
 
 
-def step_or_skip(optimizer, record, token_scale=None):
+class LossScale:
+    """float16's loss scale for each supervised token: `value`, which begins at `start` (None:
+    nothing is scaled). An overflow halves it; after GROW steps without one it doubles, up to
+    `start`. `good`: how many there have been since it last changed."""
+
+    def __init__(self, start=None):
+        self.start = self.value = start
+        self.good = 0
+
+    def overflow(self):
+        self.value, self.good = self.value / 2, 0
+
+    def good_step(self):
+        self.good += 1
+        if self.value is not None and self.good >= GROW and self.value < self.start:
+            self.value, self.good = self.value * 2, 0
+
+
+def step_or_skip(optimizer, record, scale, plan, results):
     """optimizer.step(), unless the gradient is not finite: then float16 overflowed in a backward,
-    nothing is learned, and the loss scale is halved. Returns the scale for the next step.
+    nothing is learned, and the LossScale `scale` is halved.
 
-    Raises ValueError where the loss is not finite, or no smaller scale can help.
+    plan, results: of this step, the record's. Raises ValueError that names step and examples where
+    the loss is not finite, or no smaller scale can help.
     """
     if not math.isfinite(record["loss"]):
-        half = ", or --dtype bf16 or fp32: float16 may overflow" if token_scale else ""
-        raise ValueError(f"step {record['step']}: the loss is {record['loss']}; try a smaller --lr"
-                         + half)
+        half = ", or --dtype bf16 or fp32: float16 may overflow" if scale.value else ""
+        raise ValueError(f"step {record['step']}: the loss is {record['loss']} "
+                         f"({suspects(plan, results)}); try a smaller --lr" + half)
     if math.isfinite(record["grad_norm"]):
         optimizer.step()
-    elif token_scale and token_scale > 2**-10:
-        token_scale /= 2
+        scale.good_step()
+    elif scale.value and scale.value > 2**-10:
+        scale.overflow()
     else:
-        raise ValueError(f"step {record['step']}: the gradient's norm is {record['grad_norm']}; "
-                         "try a smaller --lr")
+        raise ValueError(f"step {record['step']}: the gradient's norm is {record['grad_norm']} "
+                         f"({suspects(plan, results)}); try a smaller --lr")
     optimizer.zero_grad(set_to_none=True)
-    return token_scale
+
+
+def suspects(plan, results):
+    """"examples 3, 17": the numbers of those in micro-batches of which a result is not finite, or
+    of the whole step where these are another process's."""
+    numbers = [number for own, result in zip(plan.numbers, results) for number in own
+               if not all(x.isfinite().all() for x in result.values())] or plan.chosen
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    return "examples " + ", ".join(map(str, numbers[:SHOWN])) + more

@@ -1,9 +1,11 @@
 """train.py's flags: what they are, what they default to, and which values are refused."""
 import math
+from pathlib import Path
+import sys
 
 from ..bundled import BUNDLED
 from ..engine import system
-from ..files import data
+from ..files import data, jsons
 from ..methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
 
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama.
@@ -20,6 +22,11 @@ TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move=
          "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha")}
 USUAL = dict(aux="lora", lam=5.0, alpha=0.1, layers="all", move="ascent", compare="mse",
              neftune_alpha=5.0, gem_beta=0.7, rho=0.05)
+
+# The flags that may be others when a run is resumed: they change no number of it. (Of the model and
+# the data the files must be the same, wherever they lie.)
+FREE = {"model", "data", "device", "activation_checkpointing", "out", "save_every", "keep",
+        "resume", "verify"}
 
 
 def parser():
@@ -56,13 +63,18 @@ def parser():
     g.add_argument("--tune", choices=("lora", "full"), default="lora",
                    help="train a LoRA, or all weights [lora]")
     g.add_argument("--r", type=int, default=8, help="LoRA rank [8]")
-    g.add_argument("--lora-alpha", type=float, default=16, help="LoRA's scaling is this / r [16]")
+    g.add_argument("--lora-alpha", type=float, default=16.0, help="LoRA's scaling is this / r [16]")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=float, help="passes over the data [10 / 3]")
     g.add_argument("--max-steps", type=int, help="optimizer steps, in place of --epochs")
     g.add_argument("--batch-size", type=int, help="examples a micro-batch [16 / 4]")
     g.add_argument("--accumulate", type=int, help="micro-batches an optimizer step [1 / 4]")
     g.add_argument("--lr", type=float, help="peak learning rate [0.005 / 0.0001]")
+    the_run(p)
+    return p
+
+
+def the_run(p):
     g = p.add_argument_group("the run")
     g.add_argument("--seed", type=int, default=42, help="[42]")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
@@ -74,28 +86,41 @@ def parser():
                    help="with torchrun: every process holds a part of the model")
     g.add_argument("--out", help="folder for the run, new or empty [a new runs/<aux>-NNN, or "
                    "<method>-NNN]")
-    return p
+    g = p.add_argument_group("a run that was interrupted, or is finished")
+    g.add_argument("--resume", metavar="RUN", help="go on with this run, with its settings")
+    g.add_argument("--save-every", type=int, default=100,
+                   help="steps from one checkpoint to the next; 0 = only at Ctrl-C and SIGTERM "
+                        "[100]")
+    g.add_argument("--keep", type=int, help="checkpoints kept, the latest; also when the run is "
+                   "finished [1, and none of a finished run]")
+    g.add_argument("--verify", metavar="RUN", help="say whether model, data and adapter still are "
+                   "the files that this run recorded, and do nothing else")
 
 
 def get_settings(argv=None):
     """The settings in argv (None: the command line), defaults filled in. Raises ValueError."""
     s = parser().parse_args(argv)
+    if s.verify:
+        return s
+    if s.resume:
+        s = settings_of_run(s.resume, argv)
     for name, value in (BUNDLED_MODEL if s.model is None else AUTHORS).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     if s.data is None:
         raise ValueError("--data is missing: with --model, name a .json or .jsonl file of examples")
     for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr",
-                 "max_len", "gem_beta"):
+                 "max_len", "gem_beta", "keep"):
         value = getattr(s, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
-    for name in ("lam", "alpha", "neftune_alpha", "rho", "seed"):
+    for name in ("lam", "alpha", "neftune_alpha", "rho", "seed", "save_every"):
         value = getattr(s, name)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number, at "
                              "least 0")
-    fill_method(s)
+    if not s.resume:
+        fill_method(s)
     if s.shard and s.method not in ("lfu", "sft", "prompt"):
         raise ValueError(f"--shard --method {s.method}: its step is not made for models in parts; "
                          "choose lfu, sft or prompt")
@@ -109,6 +134,58 @@ def get_settings(argv=None):
         raise ValueError("--compare logit-kl --aux inplace --tune full: the head that makes the "
                          "logits would move itself; choose --tune lora, or --aux lora or reps")
     return s
+
+
+def settings_of_run(run, argv=None):
+    """The settings that the folder `run` recorded, with the FREE ones among those in argv in their
+    place. Raises ValueError for a flag in argv that says something else than the record, and for a
+    record that train.py did not write."""
+    file = Path(run) / "settings.json"
+    if not Path(run).is_dir():
+        raise ValueError(f"--resume {run}: there is no such folder; a run is a folder that "
+                         "train.py wrote")
+    recorded, p = jsons.read_json(file), parser()
+    names = vars(p.parse_args([])).keys() - {"out", "resume", "verify"}
+    takes = TAKES.get(str(recorded.get("method")), {})
+    may_be_null = {"max_steps", "keep", *(USUAL.keys() - TAKES["lfu"].keys() - takes.keys())}
+    lacking = sorted(name for name in names - may_be_null if recorded.get(name) is None)
+    if lacking:
+        raise ValueError(f"{file} has no {', '.join(lacking)}: no run of this train.py, or one of "
+                         "an earlier version")
+    flags = []  # the record as a command line: the parser checks it like any other
+    for name in sorted(names):
+        value, flag = recorded.get(name), "--" + name.replace("_", "-")
+        if value is not None and value is not False:
+            flags.append(flag if value is True else f"{flag}={value}")
+    try:
+        own = p.parse_args(flags)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    s = p.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
+    s.dtype = own.dtype if s.dtype == "auto" else s.dtype
+    for name in sorted(names - FREE):
+        if getattr(s, name) != getattr(own, name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: the run has "
+                             f"{getattr(own, name)}, and goes on only with that")
+    if s.out and Path(s.out).resolve() != Path(run).resolve():
+        raise ValueError(f"--out {s.out}: a run goes on in its own folder; leave it out")
+    s.out = run
+    s.model, s.data = here(s.model), here(s.data)
+    return s
+
+
+def here(path):
+    """A recorded path; one into a bundled folder that has moved since, in this one."""
+    inside = str(path).replace("\\", "/").rpartition("/lfu_min/bundled")[2]
+    moved = BUNDLED / inside.strip("/")
+    return path if Path(path).exists() or inside == str(path) else str(moved)
+
+
+def decisive(s):
+    """The settings that decide the numbers of a run: what a checkpoint belongs to. For JSON."""
+    names = vars(parser().parse_args([])).keys() - FREE
+    return {name: getattr(s, name) for name in
+            sorted(names | {"steps", "per_step", "processes", "data_sha256", "model_sha256"})}
 
 
 def fill_method(s):

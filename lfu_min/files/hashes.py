@@ -1,0 +1,52 @@
+"""SHA-256 of files: whether a model, data or an adapter still is what a run recorded.
+
+Called by train.py for settings.json, --resume and --verify. Verified in tests/test_resume.py.
+"""
+import hashlib
+from pathlib import Path
+
+from .checkpoint import TOKENIZER_FILES, stored_weights
+from .jsons import check_file
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def file_hash(path):
+    """SHA-256 of a regular file as hex, read in pieces. Raises ValueError if it cannot be read."""
+    check_file(path)
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                found.update(piece)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return found.hexdigest()
+
+
+def model_hashes(folder):
+    """{file name: SHA-256} of a Hugging Face folder's configuration, weights and tokenizer."""
+    folder = Path(folder)
+    weights = sorted({file.name for file, _ in stored_weights(folder).values()})
+    names = ["config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *weights]
+    return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
+
+
+def adapter_hashes(folder):
+    """{file name: SHA-256} of what a run saves: an adapter, or a whole model."""
+    if not (Path(folder) / ADAPTER_FILES[0]).is_file():
+        return model_hashes(folder)
+    return {name: file_hash(Path(folder) / name) for name in ADAPTER_FILES}
+
+
+def changed(recorded, folder):
+    """[(file name, what happened to it), ...] of the files in {file name: SHA-256} that are no
+    longer what was recorded, and of nothing else."""
+    found = []
+    for name, value in recorded.items():
+        file = Path(folder) / name
+        if not file.exists():
+            found.append((name, "is gone"))
+        elif file_hash(file) != value:
+            found.append((name, "has changed"))
+    return found
