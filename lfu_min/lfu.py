@@ -75,6 +75,7 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
         sft_norm = backward(sft, th, th_aux, batch.loss_scale)              # both gradients at once
+        h, sft = [x.detach() for x in h], sft.detach()  # lets go of the first graph
         g_norm = move(th_aux, gradients(th_aux), alpha, model, batch)       # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
