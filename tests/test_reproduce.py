@@ -177,6 +177,8 @@ def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
                 for (method, i), seed in todo}
     monkeypatch.setattr(reproduce.jobs, "all_measured", found)
     monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")
+    every = [row for _, row in jsons.read_records(reproduce.TRAIN)]
+    (tmp_path / "sdft.json").write_text(json.dumps(every))  # to make it takes a while
     text = reproduce.main(["tune", "--runs", str(tmp_path), "--out", str(tmp_path)])["tune"]
     chosen = json.loads((tmp_path / "tuned.json").read_text())
     assert chosen == {method: {"best": grid.settings(method)[-1],

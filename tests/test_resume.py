@@ -35,7 +35,7 @@ from lfu_min.bundled import BUNDLED
 from lfu_min.engine import system
 from lfu_min.engine.system import ROOT
 from lfu_min.model import Llama, LlamaConfig
-from lfu_min.paper import sweep
+from lfu_min.paper import jobs
 from lfu_min.training import checkpoints, folder, log, loop
 from lfu_min.training.checkpoints import latest, read_state, steps_in
 
@@ -550,14 +550,18 @@ def test_runs_that_start_in_one_moment_share_no_folder(tmp_path, monkeypatch, pa
     assert len(set(got)) == len(got) == (1 if path else 8)
 
 
-def test_a_sweep_begins_a_run_anew_that_was_interrupted(tmp_path, words, monkeypatch):
-    monkeypatch.setattr(sweep, "scores", lambda *args: {})
+@pytest.mark.parametrize("saved", [True, False], ids=["checkpoint", "nothing"])
+def test_a_sweeps_interrupted_run_ends_as_if_it_had_not_been(tmp_path, words, monkeypatch, saved):
+    """Gone on with from its checkpoint; begun anew where it left none."""
     setting = {"model": str(words.with_name("model")), "data": str(words), "max-steps": "2",
                "max-len": "99", "device": "cpu"}
     ended_after(1, signal.SIGTERM, start, words, tmp_path / "run")
-    monkeypatch.setattr(sweep, "train_script", lambda: train)
-    sweep.one(setting, tmp_path, "test", 1)
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    if not saved:
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr(jobs, "train_script", lambda: train)
+    run = jobs.trained(setting, tmp_path)
+    assert (run / "adapter_model.safetensors").is_file()
+    assert len((run / "log.jsonl").read_text().splitlines()) == (5 if saved else 2), "its own steps"
 
 
 # ---- --verify ----
