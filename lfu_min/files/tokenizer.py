@@ -236,9 +236,9 @@ def _pattern(pre_tokenizer):
               {"type": "ByteLevel", "add_prefix_space": False,
                "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN, TEKKEN):
             return regex
-    raise ValueError(f"pre_tokenizer {shown(json.dumps(pre_tokenizer), 300)} is not supported: known are those "
-                     "of Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo and GPT-2, without "
-                     "add_prefix_space")
+    raise ValueError(f"pre_tokenizer {shown(json.dumps(pre_tokenizer), 300)} is not supported: "
+                     "known are those of Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo and GPT-2, "
+                     "without add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
