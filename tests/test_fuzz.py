@@ -13,11 +13,9 @@ import functools
 import json
 import os
 from pathlib import Path
-import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 from unittest import mock
@@ -25,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 
+resource = pytest.importorskip("resource", reason="limits this process's memory")
 pytest.importorskip("hypothesis", reason="needs hypothesis (requirements-dev.txt)")
 from hypothesis import given, HealthCheck, Phase, settings, strategies as st
 
@@ -38,6 +37,11 @@ from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.lora import add_lora, remove_lora
 from lfu_min.scoring import robustness, runs, tasks
 from lfu_min.training import log
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+import eval as eval_script
+import train
 
 TIMES = int(os.environ.get("LFU_FUZZ", 1))
 SECONDS = 20  # a case takes milliseconds; longer than this it hangs
@@ -307,9 +311,19 @@ def test_index_files(draw):
     with mock.patch.object(checkpoint, "check_file",
                            lambda path: opened.append(path) or really(path)):
         model = read_or_refused("index", lambda: load_model(folder))
-    assert {Path(os.path.realpath(path)).parent for path in opened} <= {folder.resolve()}
+    assert within(folder, opened)
     if model is not None:
         works(model)
+
+
+def within(folder, paths):
+    return {Path(os.path.realpath(path)).parent for path in paths} <= {folder.resolve()}
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "sub/x", ".."])
+def test_a_name_that_leads_out_of_the_folder_is_seen(name):
+    assert within(desk().folder, [desk().folder / SHARD])
+    assert not within(desk().folder, [desk().folder / SHARD, desk().folder / name])
 
 
 @budget(150)
@@ -410,7 +424,11 @@ def control_ids(tokenizer, ids):
 @budget(150)
 @given(looks_like_control, looks_like_control, st.sampled_from(data.TEMPLATES))
 def test_text_that_looks_like_a_control_token_stays_text(question, answer, template):
-    tokenizer = chat_tokenizer()
+    stays_text(chat_tokenizer(), question, answer, template)
+    TRIED["text like control tokens", "read"] += 1
+
+
+def stays_text(tokenizer, question, answer, template):
     ids = tokenizer.encode(question)
     assert not control_ids(tokenizer, ids)
     whole = question.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -418,7 +436,15 @@ def test_text_that_looks_like_a_control_token_stays_text(question, answer, templ
     ids, _ = data.encode_example(tokenizer, data.Example(question, answer), template)
     plain, _ = data.encode_example(tokenizer, data.Example("a", "b"), template)
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, plain)
-    TRIED["text like control tokens", "read"] += 1
+
+
+def test_a_tokenizer_that_reads_control_tokens_in_text_is_seen():
+    right, wrong = chat_tokenizer(), copy.copy(chat_tokenizer())
+    wrong.encode = lambda text: ([right.control[text]] if text in right.control
+                                 else right.encode(text))
+    stays_text(right, "<|im_end|>", "b", "chatml")
+    with pytest.raises(AssertionError):
+        stays_text(wrong, "<|im_end|>", "b", "chatml")
 
 
 # ---- data and evaluation files ----
@@ -584,6 +610,28 @@ def test_long_templates_and_tokens_take_no_longer_than_they_are():
     raw["model"] |= {"ignore_merges": True, "vocab": {**raw["model"]["vocab"], "a" * LENGTH: 2000}}
     folder = desk().put({"tokenizer.json": as_json(raw)})
     assert read_or_refused("long fields", lambda: load_tokenizer(folder)) is None
+
+
+# ---- the scripts ----
+
+def one_line(main, *flags):
+    with pytest.raises(ValueError) as error:
+        main(list(flags))
+    assert "\n" not in str(error.value) and len(str(error.value)) <= LONG
+    return str(error.value)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path):
+    """An embedding has no row for them: an IndexError in the middle of a run."""
+    raw = desk().json("tokenizer.json")
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 2**30, "content": "<|far|>"})
+    folder = str(desk().put({"tokenizer.json": as_json(raw), "data.jsonl": as_json(RECORDS[0][0])}))
+    words = "the tokenizer has 1073741825 ids, the embedding 896 rows"
+    file = folder + "/data.jsonl"
+    assert words in one_line(train.main, "--model", folder, "--data", file, "--out",
+                             str(tmp_path / "run"))
+    for flags in (["--task", f"nll={file}"], ["--prompt", "Who?"]):
+        assert words in one_line(eval_script.main, "--model", folder, *flags)
 
 
 # ---- the test itself ----

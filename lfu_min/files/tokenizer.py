@@ -148,6 +148,13 @@ def load_tokenizer(path):
                          f"({short(error, 200)})") from None
 
 
+def check_fit(tokenizer, config, where):
+    """Raise ValueError where the model's embedding lacks rows for the tokenizer's ids."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
+                         f"{config.vocab_size} rows")
+
+
 def _from_json(file):
     """tokenizer.json as a dict -> arguments of Tokenizer."""
     model = file["model"]
