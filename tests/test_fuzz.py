@@ -255,7 +255,7 @@ def works(model):
 
 # ---- models and adapters ----
 
-@budget(150)
+@budget(300)
 @given(st.data())
 def test_config_json(draw):
     here = desk(draw.draw(st.sampled_from(sorted(MODELS))))

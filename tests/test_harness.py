@@ -124,7 +124,7 @@ def harness(tmp_path, model, name, rows, shots=(), new=64):
         "fewshot_split": "train"}))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     code, said = run(tmp_path, "-c", HARNESS, str(tmp_path), str(model), name,
-                     str(1 if shots else 0), str(new))
+                     str(1 if shots else 0), str(new), timeout=60 + 300 * len(rows))
     assert code == 0, said[-3000:]
     found = json.loads((tmp_path / "harness.json").read_text())
     return found["results"], found["rows"]

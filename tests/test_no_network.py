@@ -54,12 +54,12 @@ lfu_min.load_model(sys.argv[1] + "/export")(torch.tensor([tokenizer.encode("Ann 
 '''
 
 
-def run(tmp_path, *command, closed=CLOSED):
+def run(tmp_path, *command, timeout=300):
     """A Python with every socket closed: exit status, and both of its outputs."""
     (tmp_path / "site").mkdir(exist_ok=True)
-    (tmp_path / "site" / "sitecustomize.py").write_text(closed)
+    (tmp_path / "site" / "sitecustomize.py").write_text(CLOSED)
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout,
                           cwd=tmp_path, env={**os.environ, "PYTHONPATH": path,
                                              "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout + done.stderr

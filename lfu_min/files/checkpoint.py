@@ -75,7 +75,8 @@ def parse_config(raw):
     check_numbers({**sizes, "sliding_window": window}, int)
     sizes["max_position_embeddings"] = min(positions, window)
     sizes["head_dim"] = head_dim = first(raw.get("head_dim"), raw["hidden_size"] // heads)
-    check_numbers({"head_dim": head_dim, "num_attention_heads * head_dim": heads * head_dim}, int)
+    check_numbers({"head_dim": head_dim}, int)
+    check_numbers({"num_attention_heads * head_dim": heads * head_dim}, int)
     if sizes["num_hidden_layers"] > LAYERS:
         raise ValueError(f"config.json: num_hidden_layers = {sizes['num_hidden_layers']} should be "
                          f"at most {LAYERS:,}")
