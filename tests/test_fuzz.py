@@ -309,7 +309,7 @@ def test_index_files(draw):
     (top() / "x").write_bytes(weights)  # where "../x" leads
     opened, really = [], checkpoint.check_file
     with mock.patch.object(checkpoint, "check_file",
-                           lambda path: opened.append(path) or really(path)):
+                           lambda path: really(path) or opened.append(path)):
         model = read_or_refused("index", lambda: load_model(folder))
     assert within(folder, opened)
     if model is not None:

@@ -105,7 +105,7 @@ def exported(tmp_path_factory):
         add_lora(model, r=4)
         with torch.no_grad():
             for _, module in lora_modules(model):
-                module.lora_B.normal_(0, 0.01, generator=torch.Generator().manual_seed(1))
+                module.lora_B.normal_(0, 0.003, generator=torch.Generator().manual_seed(1))
     export_merged(model, base, out / "merged")
     return out / "merged"
 
