@@ -200,7 +200,8 @@ def stored_weights(path):
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:  # "../x"
+        good = isinstance(file, str) and file.isprintable() and len(file) < 256
+        if not good or file in ("", "..") or Path(file).name != file:  # "../x" leads out of it
             raise ValueError(f"{index} puts {shown(name)} into {short(file)}, which is not the "
                              "name of a file in this folder")
     shapes = {file: read_shapes(path / file) for file in sorted(set(weight_map.values()))}
