@@ -295,7 +295,7 @@ def test_safetensors(draw):
 SHARD = "model-00001-of-00001.safetensors"
 
 
-@budget(100)
+@budget(250)
 @given(st.data())
 def test_index_files(draw):
     here = desk()

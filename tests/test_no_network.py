@@ -59,9 +59,9 @@ def run(tmp_path, *command, timeout=300):
     (tmp_path / "site").mkdir(exist_ok=True)
     (tmp_path / "site" / "sitecustomize.py").write_text(CLOSED)
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": path,
-                                             "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                          timeout=timeout, cwd=tmp_path, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
