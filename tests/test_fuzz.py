@@ -10,6 +10,7 @@ from collections import Counter
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
 from pathlib import Path
@@ -632,6 +633,31 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path):
                              str(tmp_path / "run"))
     for flags in (["--task", f"nll={file}"], ["--prompt", "Who?"]):
         assert words in one_line(eval_script.main, "--model", folder, *flags)
+
+
+@budget(25)
+@given(st.data(), st.booleans())
+def test_train_and_eval_on_a_damaged_folder(draw, training):
+    """From the command line's words to the end of a short run."""
+    here = desk()
+    which = draw.draw(st.sampled_from(["config", "data", "data", "tokenizer"]))
+    name, raw = "data.jsonl", b"\n".join(map(as_json, RECORDS[0]))
+    changes = {"config.json": as_json(draw.draw(changed(here.raw, 1)))} if which == "config" else (
+        tokenizer_changes(draw, here) if which == "tokenizer" else {})
+    if which == "data":
+        name, raw = records_file(draw, RECORDS[0])
+    folder, out = here.put({name: raw, **changes}), top() / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    flags = ["--model", str(folder), "--device", "cpu"]
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):  # as strict as a pipe
+        if training:
+            read_or_refused("train.py", lambda: train.main([
+                *flags, "--data", str(folder / name), "--max-steps", "1", "--batch-size", "1",
+                "--accumulate", "1", "--out", str(out)]))
+        else:
+            read_or_refused("eval.py", lambda: eval_script.main([
+                *flags, "--task", f"nll={folder / name}", "--limit", "2", "--json",
+                str(top() / "scores.json")]))
 
 
 # ---- the test itself ----
