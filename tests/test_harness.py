@@ -5,7 +5,8 @@ Slow, and skipped without lm_eval. The harness takes its own task files, told on
 questions lie, and runs with every socket closed (test_no_network.py). The model is the bundled one
 after 100 steps of SFT, merged; the questions are made up, in the forms of the real files. With
 LFU_SMOLLM2 and LFU_DATA it is SmolLM2, and GSM8K and PIQA are the real ones. LFU_EXAMPLES: how many
-examples a task; if not set, 8, and 3 of SmolLM2. Tolerance: equal replies, numbers and hits; 1e-2 nats a choice.
+examples a task; if not set, 8, and 3 of SmolLM2. Tolerance: equal replies, numbers and hits; 1e-2
+nats a choice.
 
 The 5 shots of GSM8K are drawn by each side with its own random numbers, so eval.py's prompts, shots
 included, are what the harness asks; how it joins shots itself is compared where there is one shot
