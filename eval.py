@@ -29,7 +29,7 @@ from lfu_min.bundled import BUNDLED
 from lfu_min.engine import system
 from lfu_min.files import data, jsons
 from lfu_min.files.checkpoint import load_config
-from lfu_min.files.tokenizer import load_tokenizer
+from lfu_min.files.tokenizer import check_fit, load_tokenizer
 from lfu_min.scoring import categories, pictures, robustness, runs as models, tables, tasks
 from lfu_min.scoring.measures import reply
 
@@ -207,8 +207,9 @@ def main(argv=None):
     base, runs = models.find_runs(s.runs, s.model)
     columns = models.by_seed(runs) if s.over_seeds else {run.name: [run] for run in runs}
     templates = models.templates(runs, s.template)
-    load_config(base)
+    config = load_config(base)
     tokenizer, bundled = load_tokenizer(base), Path(base).resolve() == BUNDLED
+    check_fit(tokenizer, config, base)
     s.max_new_tokens = s.max_new_tokens or (80 if bundled else 256)
     if s.prompt or s.chat:
         return show_answers(s, base, runs, device, dtype, tokenizer, templates)
@@ -246,6 +247,7 @@ def measure(s, todo, loaded, tokenizer, templates):
     """({panel: {run: results}}, {run: {task: rows}}); loaded: yields (run, model)."""
     panels, examples = {step.panel: {} for step in todo}, {}
     for run, model in loaded:
+        check_fit(tokenizer, model.config, run.name)
         examples[run.name] = {}
         for step in todo:
             options = tasks.Options(

@@ -19,7 +19,7 @@ from lfu_min.engine.passes import TOKEN_SCALE, trained
 from lfu_min.files import data
 from lfu_min.files.adapter import save_adapter
 from lfu_min.files.checkpoint import load_config, load_model, save_model
-from lfu_min.files.tokenizer import load_tokenizer
+from lfu_min.files.tokenizer import check_fit, load_tokenizer
 from lfu_min.lfu import lfu_step
 from lfu_min.lora import add_lora
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES, parse_layers, prompt_examples
@@ -80,9 +80,7 @@ def main(argv=None):
 
 def load_examples(s, config, tokenizer):
     """(encoded examples, number dropped), after checking that tokenizer and model fit together."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{s.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
-                         f"{config.vocab_size} rows")
+    check_fit(tokenizer, config, s.model)
     s.max_len = min(s.max_len, config.max_position_embeddings)
     examples, dropped = data.load_dataset(s.data, tokenizer, s.template, s.max_len, log.encoding())
     if s.method == "prompt":

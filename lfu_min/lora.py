@@ -72,9 +72,9 @@ def lora_modules(model):
 
 def check_rank(r, lora_alpha):
     numbers = type(r) is int and isinstance(lora_alpha, (int, float))
-    if not numbers or r < 1 or not 0 < lora_alpha < float("inf"):
-        raise ValueError(f"r = {r!r}, lora_alpha = {lora_alpha!r}: both must be positive numbers, "
-                         "r a whole one")
+    if not numbers or not 0 < r < 2**28 or not 0 < lora_alpha < 1e30:
+        raise ValueError(f"r = {r!r:.40}, lora_alpha = {lora_alpha!r:.40}: both must be positive "
+                         "numbers, r a whole one")
 
 
 def replace_module(model, name, module):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from .checkpoint import check_shapes, open_weights, read_shapes, save_model, write_tensors
-from .jsons import read_json, write_json
+from .jsons import read_json, short, shown, write_json
 from ..lora import TARGET_MODULES, add_lora, check_rank, lora_modules, remove_lora
 from ..model import Linear
 
@@ -60,20 +60,25 @@ def load_adapter(model, adapter_dir):
     """
     adapter_dir = Path(adapter_dir)
     config = read_adapter_config(adapter_dir)
-    tensors = read_adapter_tensors(adapter_dir / "adapter_model.safetensors")
+    file = adapter_dir / "adapter_model.safetensors"
+    if not file.exists():
+        raise ValueError(f"{file} is missing")
+    shapes = {plain_key(key): shape for key, shape in read_shapes(file).items()}
     targets = config["target_modules"]
     if isinstance(targets, str):  # "all-linear" or a pattern: the file's keys say which
-        targets = {key.split(".")[-3] for key in tensors if key.count(".") > 2}
+        targets = {key.split(".")[-3] for key in shapes if key.count(".") > 2}
     if not isinstance(targets, (list, set)) or not all(t in TARGET_MODULES for t in targets):
-        raise ValueError(f"{adapter_dir}: target_modules {targets!r}: known are "
+        raise ValueError(f"{adapter_dir}: target_modules {short(targets)}: known are "
                          f"{', '.join(TARGET_MODULES)}")
     wanted = {}  # key in the file -> expected shape
     for name, linear in model.named_modules():
         if isinstance(linear, Linear) and name.rpartition(".")[2] in targets:
             wanted[file_key(name, "lora_A")] = (config["r"], linear.in_features)
             wanted[file_key(name, "lora_B")] = (linear.out_features, config["r"])
-    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, wanted,
-                 f"{adapter_dir} does not fit the model")
+    check_shapes(shapes, wanted, f"{adapter_dir} does not fit the model")
+    if not wanted:
+        raise ValueError(f"{adapter_dir}: target_modules names no module of the model")
+    tensors = read_adapter_tensors(file)
     remove_lora(model)
     add_lora(model, config["r"], config["lora_alpha"], tuple(targets), generator=torch.Generator())
     with torch.no_grad():
@@ -93,14 +98,15 @@ def read_adapter_config(adapter_dir):
     file = adapter_dir / "adapter_config.json"
     config = read_json(file)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {config.get('peft_type')!r} is not implemented, only "
-                         "'LORA'")
+        raise ValueError(f"{file}: peft_type {short(config.get('peft_type'))} is not "
+                         "implemented, only 'LORA'")
     for name, value in config.items():  # anything but a plain LoRA computes something else
         if name not in PLAIN_FIELDS and value and (name, value) != ("bias", "none"):
-            raise ValueError(f"{file}: {name} = {value!r} is not implemented, only plain LoRA is")
+            raise ValueError(f"{file}: {shown(name)} = {short(value)} is not implemented, only "
+                             "plain LoRA is")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
-        raise ValueError(f"{file}: init_lora_weights = {config['init_lora_weights']!r} changes the "
-                         "base weights, which is not implemented")
+        raise ValueError(f"{file}: init_lora_weights = {short(config['init_lora_weights'])} "
+                         "changes the base weights, which is not implemented")
     lacking = [name for name in ("r", "lora_alpha", "target_modules") if not config.get(name)]
     if lacking:
         raise ValueError(f"{file} lacks {', '.join(lacking)}")
@@ -109,19 +115,20 @@ def read_adapter_config(adapter_dir):
 
 
 def read_adapter_tensors(file):
-    """{key: tensor} of adapter_model.safetensors. Raises ValueError naming what is not a float or
-    not finite."""
-    if not file.exists():
-        raise ValueError(f"{file} is missing")
+    """{key: tensor} of adapter_model.safetensors. Raises ValueError naming what is not finite."""
     tensors = {}
     with open_weights(file) as reader:
-        for key in read_shapes(file):  # refuses other dtypes
+        for key in reader.keys():
             tensor = reader.get_tensor(key)
             if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {key} holds NaN or infinite values")
-            # peft's keys in memory say lora_A.default.weight, in its files lora_A.weight
-            tensors[key.replace(".default.weight", ".weight")] = tensor
+                raise ValueError(f"{file}: {shown(key)} holds NaN or infinite values")
+            tensors[plain_key(key)] = tensor
     return tensors
+
+
+def plain_key(key):
+    """peft's keys in memory say lora_A.default.weight, in its files lora_A.weight."""
+    return key.replace(".default.weight", ".weight")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-from .jsons import check_file, read_json, write_json, written_aside
+from .jsons import check_file, read_json, short, shown, write_json, written_aside
 from ..model import Llama, LlamaConfig
 
 class Family(NamedTuple):
@@ -44,6 +44,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be load
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
+LAYERS = 4096  # at most: each takes memory and time before it has weights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -57,7 +58,7 @@ def parse_config(raw):
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type {name!r:.40} is not implemented; known are "
+        raise ValueError(f"model_type {short(name, 40)} is not implemented; known are "
                          f"{', '.join(FAMILIES)}")
     family = FAMILIES[name]
     raw = {**family.defaults, **raw}
@@ -75,6 +76,10 @@ def parse_config(raw):
     sizes["max_position_embeddings"] = min(positions, window)
     sizes["head_dim"] = head_dim = first(raw.get("head_dim"), raw["hidden_size"] // heads)
     check_numbers({"head_dim": head_dim}, int)
+    check_numbers({"num_attention_heads * head_dim": heads * head_dim}, int)
+    if sizes["num_hidden_layers"] > LAYERS:
+        raise ValueError(f"config.json: num_hidden_layers = {sizes['num_hidden_layers']} should be "
+                         f"at most {LAYERS:,}")
     if heads % kv_heads or head_dim % 2:
         raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
                          f"num_key_value_heads {kv_heads}, and head_dim {head_dim} must be even")
@@ -83,7 +88,7 @@ def parse_config(raw):
     flags = {name: first(raw.get(name), False) for name in ("tie_word_embeddings", *family.flags)}
     for flag, value in flags.items():
         if not isinstance(value, bool):  # "false" would count as true
-            raise ValueError(f"config.json: {flag} = {value!r:.40} should be true or false")
+            raise ValueError(f"config.json: {flag} = {short(value)} should be true or false")
     return LlamaConfig(**sizes, **flags, **family.always, **parse_rope(raw), rms_norm_eps=eps,
                        model_type=name)
 
@@ -99,11 +104,11 @@ def check_only(raw):
                        ("quantization_config", None), ("original_max_position_embeddings", None),
                        ("use_sliding_window", False)):
         if raw.get(name, only) not in (only, None):
-            raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, only "
-                             f"{only!r}")
+            raise ValueError(f"config.json: {name} = {short(raw[name])} is not implemented, "
+                             f"only {only!r}")
     layers = first(raw.get("layer_types"), ["full_attention"])
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-        raise ValueError(f"config.json: layer_types = {layers!r:.60} is not implemented, only "
+        raise ValueError(f"config.json: layer_types = {short(layers)} is not implemented, only "
                          "'full_attention' for each layer")
 
 
@@ -112,7 +117,8 @@ def parse_rope(raw):
     forms, rope_scaling is the one that counts, as in transformers 5."""
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(first(raw.get(name), {}), dict):
-            raise ValueError(f"config.json: {name} = {raw[name]!r} should be an object or null")
+            raise ValueError(f"config.json: {name} = {short(raw[name])} should be an object or "
+                             "null")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
         raise ValueError("config.json: partial_rotary_factor other than 1 is not implemented")
@@ -120,13 +126,16 @@ def parse_rope(raw):
     check_numbers({"rope_theta": theta}, float)
     kind = str(first(rope.get("rope_type"), rope.get("type"), "default"))
     if kind not in ROPE_FIELDS:
-        raise ValueError(f"config.json: RoPE type {kind!r} is not implemented, only 'default' and "
-                         "'llama3'")
+        raise ValueError(f"config.json: RoPE type {short(kind)} is not implemented, only "
+                         "'default' and 'llama3'")
     lacking = [name for name in ROPE_FIELDS[kind] if name not in rope]
     if lacking:
         raise ValueError(f"config.json: RoPE type {kind!r} lacks {', '.join(lacking)}")
     scaling = {name: rope[name] for name in ROPE_FIELDS[kind]}
     check_numbers(scaling, float)
+    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:  # divides by zero
+        raise ValueError("config.json: RoPE's low_freq_factor should be below its "
+                         "high_freq_factor")
     return dict(rope_theta=float(theta), rope_scaling=scaling)
 
 
@@ -136,8 +145,8 @@ def check_numbers(values, kind):
     what, types, limit = ("integer", int, 2**28) if kind is int else ("number", (int, float), 1e30)
     for name, value in values.items():
         if not isinstance(value, types) or isinstance(value, bool) or not 0 < value < limit:
-            raise ValueError(f"config.json: {name} = {value!r:.40} should be a positive {what} "
-                             f"below {limit:,}")
+            raise ValueError(f"config.json: {name} = {short(value, 40)} should be a positive "
+                             f"{what} below {limit:,}")
 
 
 def load_config(path):
@@ -191,13 +200,14 @@ def stored_weights(path):
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:  # "../x" leads out of the folder
-            raise ValueError(f"{index} puts {name} into {file!r}, which is not the name of a file "
-                             "in this folder")
+        good = isinstance(file, str) and file.isprintable() and len(file) < 256
+        if not good or file in ("", "..") or Path(file).name != file:  # "../x" leads out of it
+            raise ValueError(f"{index} puts {shown(name)} into {short(file)}, which is not the "
+                             "name of a file in this folder")
     shapes = {file: read_shapes(path / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shapes[file]:
-            raise ValueError(f"{path}: missing {name} in {file}, where the index puts it")
+            raise ValueError(f"{path}: missing {shown(name)} in {file}, where the index puts it")
     return {name: (path / file, shapes[file][name]) for name, file in weight_map.items()}
 
 
@@ -206,7 +216,8 @@ def open_weights(file):
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+        raise ValueError(f"{file} cannot be read as safetensors: "
+                         f"{shown(str(error), 200)}") from None
 
 
 def read_shapes(file):
@@ -217,7 +228,7 @@ def read_shapes(file):
         for name in reader.keys():
             stored = reader.get_slice(name)
             if stored.get_dtype() not in DTYPES:
-                raise ValueError(f"{file}: {name} is stored as {stored.get_dtype()}; only "
+                raise ValueError(f"{file}: {shown(name)} is stored as {stored.get_dtype()}; only "
                                  f"{', '.join(DTYPES)} are implemented, not quantised weights")
             shapes[name] = tuple(stored.get_shape())
     return shapes
@@ -226,9 +237,9 @@ def read_shapes(file):
 def check_shapes(stored, wanted, misfit):
     """Raise ValueError unless the two {tensor name: shape} are the same: `misfit`, then the first
     four that are missing, unexpected or of another shape."""
-    problems = [f"missing {name}" for name in wanted if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in wanted]
-    problems += [f"{name} has shape {stored[name]}, expected {shape}"
+    problems = [f"missing {shown(name)}" for name in wanted if name not in stored]
+    problems += [f"unexpected {shown(name)}" for name in stored if name not in wanted]
+    problems += [f"{shown(name)} has shape {short(stored[name])}, expected {shape}"
                  for name, shape in wanted.items() if stored.get(name, shape) != shape]
     if problems:
         rest = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .chat import CHAT, chat_ids, end_ids, split_messages
-from .jsons import json_type, read_bytes, read_records
+from .jsons import json_type, read_bytes, read_records, short
 
 IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
@@ -186,9 +186,9 @@ def _example(record, where):
     if names is None and "messages" in record:
         return Example(*split_messages(record["messages"], where))
     if names is None:
-        raise ValueError(f"{where}: has the fields {', '.join(map(repr, record)) or '(none)'}; "
-                         "needed are question / answer, instruction / output (input), "
-                         "prompt / response or messages")
+        fields = ", ".join(map(short, [*record][:4])) or "(none)"
+        raise ValueError(f"{where}: has the fields {fields}; needed are question / answer, "
+                         "instruction / output (input), prompt / response or messages")
     for name in names:
         if not isinstance(record[name], str):
             raise ValueError(f"{where}: {name} must be a string, not {json_type(record[name])}")

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 import stat
 
+LEVELS = 100  # of lists and objects in one another: what is deeper is no file of ours
+
 
 def check_file(path):
     """Raise ValueError unless `path` is a regular file: opening a FIFO would wait forever."""
@@ -18,6 +20,8 @@ def check_file(path):
         mode = os.stat(path).st_mode
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL or half a character, which an index may hold
+        raise ValueError(f"{shown(str(path))} is not the name of a file") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a FIFO or a device'}, "
                          "not a file")
@@ -51,12 +55,27 @@ def parse_json(text, where, line=1):
     Raises ValueError that starts with `where` and the number of the line with the mistake.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at "
                          f"column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless [[[[
         raise ValueError(f"{where}, line {line}: not usable JSON ({error})") from None
+    if nested(value, LEVELS):
+        raise ValueError(f"{where}, line {line}: not usable JSON (lists and objects in one "
+                         f"another, more than {LEVELS} deep)")
+    return value
+
+
+def nested(value, most):
+    """Whether lists and objects are more than `most` deep in one another."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return False
+    return True
 
 
 def read_json(path):
@@ -101,6 +120,17 @@ def read_records(path):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: an object is needed, not {json_type(value)}")
     return list(values.items())
+
+
+def short(value, most=60):
+    """A value out of a file, for a message: Python's repr, cut."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def shown(text, most=120):
+    """A name out of a file, for a message: as it is, or cut and quoted if it is odd."""
+    return text if text.isprintable() and len(text) <= most else short(text, most)
 
 
 def json_type(value):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .jsons import read_bytes, read_json, read_text
+from .jsons import read_bytes, read_json, read_text, short, shown
 
 # How each family cuts text into pieces. SmolLM2 first isolates every digit, then applies GPT-2's
 # expression to what is left; as one expression: a digit is its own piece, and blanks before a digit
@@ -32,6 +32,8 @@ QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Mistral Nemo
+
+LONGEST = 1024  # bytes of a token: to check longer ones would take too long
 
 # tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text
 # is fed to it in chunks of at most 100,000 characters. They end behind a letter or digit and before
@@ -137,27 +139,40 @@ def load_tokenizer(path):
         parts = _from_json(content) if path.suffix == ".json" else _from_model(content)
         return Tokenizer(**parts, **_eos(*beside, parts["tokens"]),
                          system=_system(path.parent, beside[0]))
+    except UnicodeError:  # a ValueError too, but it names nothing
+        raise ValueError(f"{path}: a token holds half a character (a lone surrogate)") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a tokenizer.json as `tokenizers` writes it "
-                         f"({error!r})") from None
+                         f"({short(error, 200)})") from None
+
+
+def check_fit(tokenizer, config, where):
+    """Raise ValueError where the model's embedding lacks rows for the tokenizer's ids."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
+                         f"{config.vocab_size} rows")
 
 
 def _from_json(file):
     """tokenizer.json as a dict -> arguments of Tokenizer."""
     model = file["model"]
     if model.get("type", "BPE") != "BPE":  # very old files do not name the type
-        raise ValueError(f"model type {model['type']!r} is not supported, only byte-level 'BPE'")
+        raise ValueError(f"model type {short(model['type'])} is not supported, only byte-level "
+                         "'BPE'")
     for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ValueError(f"model.{key} = {model[key]!r} is not supported: only byte-level BPE "
-                             "is, not SentencePiece as in Llama 2 and Mistral 7B")
+            raise ValueError(f"model.{key} = {short(model[key])} is not supported: only "
+                             "byte-level BPE is, not SentencePiece as in Llama 2 and Mistral 7B")
     if file.get("normalizer") not in (None, {"type": "NFC"}):
-        raise ValueError(f"normalizer {file['normalizer']!r} is not supported, only none or NFC")
+        raise ValueError(f"normalizer {short(file['normalizer'])} is not supported, only none or "
+                         "NFC")
     pattern = _pattern(file.get("pre_tokenizer"))
     added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
     plain = {text: i for text, i in model["vocab"].items() if text not in added}
+    if not all(isinstance(text, str) for text in added):
+        raise TypeError("the content of an added token is no string")
     _check_ids(plain | added)
     vocab = {_as_bytes(text): i for text, i in plain.items()}
     as_bytes = functools.cache(_as_bytes)  # the same few tokens make up all merges
@@ -180,10 +195,10 @@ def _check_ids(ids):
     owner = {}
     for text, i in ids.items():
         if type(i) is not int or not 0 <= i < 2**31:
-            raise ValueError(f"token {text!r} has the id {i!r}, which should be a whole number "
-                             "from 0")
+            raise ValueError(f"token {short(text)} has the id {short(i)}, which should be a whole "
+                             "number from 0")
         if owner.setdefault(i, text) != text:
-            raise ValueError(f"the tokens {owner[i]!r} and {text!r} have the same id {i}")
+            raise ValueError(f"the tokens {short(owner[i])} and {short(text)} have the same id {i}")
 
 
 def _from_model(data):
@@ -201,6 +216,7 @@ def _from_model(data):
     if not all(bytes([b]) in ranks for b in range(256)):
         raise ValueError("not Llama 3's tokenizer.model (lines of base64 and a rank); "
                          "SentencePiece is not supported")
+    _check_ids(ranks)
     reserved = [f"reserved_special_token_{i}" for i in range(251)]
     control = ["begin_of_text", "end_of_text", *reserved[:4], "start_header_id", "end_header_id",
                reserved[4], "eot_id", *reserved[5:]]
@@ -227,9 +243,9 @@ def _pattern(pre_tokenizer):
               {"type": "ByteLevel", "add_prefix_space": False,
                "use_regex": False}] if regex in (GPT2, LLAMA3, QWEN, TEKKEN):
             return regex
-    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported: known are those "
-                     "of Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo and GPT-2, without "
-                     "add_prefix_space")
+    raise ValueError(f"pre_tokenizer {shown(json.dumps(pre_tokenizer), 300)} is not supported: "
+                     "known are those of Llama 3, SmolLM2, Qwen 2.5 / 3, Mistral Nemo and GPT-2, "
+                     "without add_prefix_space")
 
 
 def _exact_ranks(vocab, merges, ignore_merges):
@@ -241,13 +257,17 @@ def _exact_ranks(vocab, merges, ignore_merges):
     only with ignore_merges). They agree if merges are listed in the order of ids and each token of
     the table arises, by tiktoken's rule, from a listed pair.
     """
+    long = next((token for token in vocab if len(token) > LONGEST), None)
+    if long:
+        raise ValueError(f"token {short(long)} has {len(long)} bytes; at most {LONGEST} are "
+                         "supported")
     listed = {}  # token -> the pairs listed for it
     last = b""
     for left, right in merges:
         token = left + right
         if not (left in vocab and right in vocab and token in vocab):
-            raise ValueError(f"merge {left!r} + {right!r} or what it makes is not in the "
-                             "vocabulary")
+            raise ValueError(f"merge {short(left)} + {short(right)} or what it makes is not "
+                             "in the vocabulary")
         if last and vocab[token] < vocab[last]:
             raise ValueError(_disorder(vocab, token, "follows", last))
         listed.setdefault(token, []).append((left, right))
@@ -272,14 +292,14 @@ def _exact_ranks(vocab, merges, ignore_merges):
             # it is used as a whole piece
             for left, right in ((token[:i], token[i:]) for i in range(1, len(token))):
                 if left in ranks and right in ranks and (left, right) not in pairs:
-                    raise ValueError(f"tiktoken would merge {left!r} + {right!r}, which is not "
-                                     "among the merges")
+                    raise ValueError(f"tiktoken would merge {short(left)} + {short(right)}, "
+                                     "which is not among the merges")
     return ranks
 
 
 def _disorder(vocab, token, verb, other):
-    return (f"merges are not in the order of their ids: {token!r} (id {vocab[token]}) {verb} "
-            f"{other!r} (id {vocab[other]}); tiktoken cannot express that")
+    return (f"merges are not in the order of their ids: {short(token)} (id {vocab[token]}) {verb} "
+            f"{short(other)} (id {vocab[other]}); tiktoken cannot express that")
 
 
 def _adjacent(left, right, ranks, made_of, limit):
@@ -312,13 +332,13 @@ def _bos(post_processor, tokens):
                          for item in step["single"]]
                 front = names[:names.index(None)]
                 if len(front) > 1:
-                    raise ValueError(f"post_processor puts {front} in front of a text; at most "
-                                     "one token is supported")
+                    raise ValueError(f"post_processor puts {short(front)} in front of a "
+                                     "text; at most one token is supported")
                 if front:
                     ids = step["special_tokens"][front[0]]["ids"]
                     return _known(ids[0], front[0], tokens)
             case other:
-                raise ValueError(f"post_processor {other!r} is not supported")
+                raise ValueError(f"post_processor {short(other)} is not supported")
     return None
 
 
@@ -333,7 +353,8 @@ def _eos(tokenizer_config, generation_config, config, tokens):
         return dict(eos_id=stop[0] if stop else None, eos_ids=stop)
     ids = [i for i, token in tokens.items() if token == name.encode()]
     if not ids:
-        raise ValueError(f"eos_token {name!r} of tokenizer_config.json is not in the vocabulary")
+        raise ValueError(f"eos_token {short(name)} of tokenizer_config.json is not in the "
+                         "vocabulary")
     # [-1]: an added token before a plain one
     return dict(eos_id=ids[-1], eos_ids=stop or [ids[-1]])
 
@@ -344,13 +365,13 @@ def _system(folder, tokenizer_config):
     template, file = tokenizer_config.get("chat_template"), folder / "chat_template.jinja"
     template = read_text(file) if file.is_file() else template
     found = isinstance(template, str) and re.search(
-        r"<\|im_start\|>system(?:\\n|\n)([^'\"{}\\]*)<\|im_end\|>", template)
+        r"<\|im_start\|>system(?:\\n|\n)([^'\"{}\\]{0,2000})<\|im_end\|>", template)
     return found[1] if found else ""
 
 
 def _known(i, name, tokens):
     if type(i) is not int or i not in tokens:
-        raise ValueError(f"{name} {i!r} is not the id of a token")
+        raise ValueError(f"{name} {short(i)} is not the id of a token")
     return i
 
 
@@ -367,8 +388,8 @@ def _as_bytes(text):
     try:
         return bytes(map(_byte_alphabet().__getitem__, text))
     except KeyError as error:
-        raise ValueError(f"token {text!r} is not written in the byte-level alphabet ({error} is "
-                         "not in it)") from None
+        raise ValueError(f"token {short(text)} is not written in the byte-level alphabet "
+                         f"({error} is not in it)") from None
 
 
 def _on_kinds(pattern):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..files import data
+from ..files.jsons import short
 from .generate import generate
 
 HEAD_ROWS = 512  # states whose logits exist at one time: 100 MB at a vocabulary of 49,152
@@ -134,7 +135,7 @@ def score(model, tokenizer, pairs, batch_size=16, on_progress=None):
     ids = [split_continuation(tokenizer, context, continuation) for context, continuation in pairs]
     for (_, tokens), (_, continuation) in zip(ids, pairs):
         if not tokens:
-            raise ValueError(f"the continuation {continuation!r} has no tokens to score")
+            raise ValueError(f"the continuation {short(continuation)} has no tokens to score")
     return [(-nats.sum().item(), bool(greedy.all()))
             for nats, greedy in token_nats(model, ids, batch_size, on_progress)]
 

@@ -58,7 +58,8 @@ def read_wordings(path):
         raise ValueError(f"{path}: {{name: template}} of at least two templates is needed")
     for name, template in wordings.items():
         if not isinstance(template, str) or template.count("{question}") != 1:
-            raise ValueError(f"{path}: the template {name!r} should hold {{question}} once")
+            raise ValueError(f"{path}: the template {jsons.short(name)} should hold {{question}} "
+                             "once")
     return wordings
 
 

@@ -10,7 +10,8 @@ from ..bundled import BUNDLED
 from ..engine.system import spare_threads
 from ..files.adapter import load_adapter
 from ..files.checkpoint import load_model
-from ..files.jsons import read_json
+from ..files.data import TEMPLATES
+from ..files.jsons import read_json, short
 from ..lora import remove_lora
 
 # Fields of settings.json that tell no two settings apart: the seed, what the method's name says,
@@ -57,7 +58,7 @@ def find_runs(names, model=None):
             raise ValueError(f"{name} has not finished: python train.py --resume {name}")
         if not adapter.is_file() and not (folder / "config.json").is_file():
             raise ValueError(f"{name} holds neither adapter_config.json nor config.json: no run")
-        found.append(Run(name, folder, read_json(settings) if settings.is_file() else {}))
+        found.append(Run(name, folder, read_settings(settings) if settings.is_file() else {}))
         if model is not None:
             continue
         own = found[-1].settings.get("model")
@@ -65,12 +66,31 @@ def find_runs(names, model=None):
             own = read_json(adapter).get("base_model_name_or_path")
         if not own:
             raise ValueError(f"{name} does not say what it was trained from: name it with --model")
+        if not isinstance(own, str):
+            raise ValueError(f"{name} names {short(own)} as its base, which is no folder")
         if not Path(own).is_dir() and Path(own).parts[-2:] == BUNDLED.parts[-2:]:
             own = str(BUNDLED)  # the repository has moved since
         if base is not None and Path(own) != Path(base):
             raise ValueError(f"{name} comes from {own}, others from {base}: use separate calls")
         base = own
     return base or str(BUNDLED), [Run("base"), *found]
+
+
+def read_settings(file):
+    """settings.json, where what is read of it here is what train.py writes."""
+    settings = read_json(file)
+    other = settings.get("method", "lfu") != "lfu"  # which has no lam
+    for name, fits in (("model", lambda x: isinstance(x, str)),
+                       ("method", lambda x: isinstance(x, str)),
+                       ("aux", lambda x: isinstance(x, str)),
+                       ("seed", lambda x: isinstance(x, int)),
+                       ("template", lambda x: x in TEMPLATES),
+                       ("lam", lambda x: isinstance(x, (int, float)) and 0 <= x < 1e30
+                        or x is None and other)):
+        if name in settings and not fits(settings[name]):
+            raise ValueError(f"{file}: {name} = {short(settings[name])} is nothing that train.py "
+                             "writes")
+    return settings
 
 
 def each_model(base, runs, device, dtype):

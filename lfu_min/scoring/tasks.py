@@ -63,13 +63,20 @@ class Doc(NamedTuple):
 
 def read_records(path, *fields):
     """[(where, object)] of a .jsonl file, or a .json file with a list; each object has all of
-    `fields`."""
+    `fields`, as text."""
     records = jsons.read_records(path)
     for where, record in records:
-        lacking = [name for name in fields if name not in record]
-        if lacking:
-            raise ValueError(f"{where}: the field {lacking[0]!r} is missing")
+        for name in fields:
+            if name not in record:
+                raise ValueError(f"{where}: the field {name!r} is missing")
+            text_only(record[name], name, where)
     return records
+
+
+def text_only(value, name, where):
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be a string, not {jsons.json_type(value)}")
+    return value
 
 
 def gold_labels(records, labels, of, choices):
@@ -83,59 +90,70 @@ def gold_labels(records, labels, of, choices):
     for (where, _), value, count in zip(records, values, choices):
         if value is None:
             raise ValueError(f"{where}: no label; name a file with one a line: NAME=FILE,LABELS")
-        if not re.fullmatch(r"\d+", str(value).strip()) or int(value) >= count:
-            raise ValueError(f"{where}: the label {value!r} should be within 0-{count - 1}")
+        if not re.fullmatch(r"[0-9]{1,9}", str(value).strip()) or int(value) >= count:
+            raise ValueError(f"{where}: the label {jsons.short(value)} should be within "
+                             f"0-{count - 1}")
     return [int(value) for value in values]
 
 
-def choice_doc(prompt, choices, gold):
+def choice_doc(where, prompt, choices, gold):
     for choice in choices:
         if not isinstance(choice, str) or not choice:
-            raise ValueError(f"{prompt!r}: the choice {choice!r} should be a non-empty string")
+            raise ValueError(f"{where}: the choice {jsons.short(choice)} should be a non-empty "
+                             "string")
     return Doc(prompt, choices[gold], tuple(choices), gold)
 
 
 def read_piqa(path, labels=None):
     records = read_records(path, "goal", "sol1", "sol2")
     golds = gold_labels(records, labels, path, [2] * len(records))
-    return [choice_doc(f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), gold)
-            for (_, r), gold in zip(records, golds)]
+    return [choice_doc(where, f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), gold)
+            for (where, r), gold in zip(records, golds)]
 
 
 def read_arc(path, labels=None):
     """AI2's form (question.stem, question.choices) and Hugging Face's (question, choices.text,
     choices.label)."""
     docs = []
-    for where, r in read_records(path, "question", "answerKey"):
-        question, key = r["question"], r["answerKey"]
+    for where, r in jsons.read_records(path):
+        question, key = r.get("question"), r.get("answerKey")
         try:
             if isinstance(question, dict):
-                pairs = [(c["text"], c["label"]) for c in question["choices"]]
+                texts, names = map(list, zip(*((c["text"], c["label"])
+                                               for c in question["choices"])))
                 question = question["stem"]
             else:
-                pairs = zip(r["choices"]["text"], r["choices"]["label"])
-            texts, names = zip(*pairs)
+                texts, names = r["choices"]["text"], r["choices"]["label"]
+                if not isinstance(texts, list) or [*map(type, names)] != [str] * len(texts):
+                    raise TypeError
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{where}: choices with text and label are needed") from None
+        text_only(question, "the question", where)
         if key not in names:
-            raise ValueError(f"{where}: answerKey {key!r} is none of the labels {list(names)}")
-        docs.append(choice_doc(f"Question: {question}\nAnswer:", texts, names.index(key)))
+            raise ValueError(f"{where}: answerKey {jsons.short(key)} is none of the labels "
+                             f"{jsons.short(names)}")
+        docs.append(choice_doc(where, f"Question: {question}\nAnswer:", texts, names.index(key)))
     return docs
 
 
 def hellaswag_clean(text):
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    lines = (line.rpartition("]") for line in text.split("\n"))  # a "[" without "]" is not sought
+    text = "\n".join(re.sub(r"\[.*?\]", "", a + end) + b for a, end, b in lines)
+    return text.replace("  ", " ")
 
 
 def read_hellaswag(path, labels=None):
-    records = read_records(path, "activity_label", "ctx_a", "ctx_b", "endings")
+    records = read_records(path, "activity_label", "ctx_a", "ctx_b")
+    for where, r in records:
+        if not isinstance(r.get("endings"), list) or not r["endings"]:
+            raise ValueError(f"{where}: endings should be a list of strings")
+        r["endings"] = [hellaswag_clean(text_only(end, "an ending", where)) for end in r["endings"]]
     golds = gold_labels(records, labels, path, [len(r["endings"]) for _, r in records])
     docs = []
-    for (_, r), gold in zip(records, golds):
+    for (where, r), gold in zip(records, golds):
         prompt = f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"
-        docs.append(choice_doc(hellaswag_clean(prompt), [hellaswag_clean(e) for e in r["endings"]],
-                               gold))
+        docs.append(choice_doc(where, hellaswag_clean(prompt), r["endings"], gold))
     return docs
 
 
@@ -190,9 +208,8 @@ def flexible_answer(text):
 def normalise(text):
     """What the harness removes from both sides before comparing: commas, dollars, all up to "####
     ", a final dot."""
-    for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
-        text = re.sub(pattern, "", text)
-    return text.lower()
+    text = re.sub(r"[,$]", "", text).rpartition("#### ")[2]
+    return re.sub(r"\.$", "", text).lower()
 
 
 # ---- the task kinds

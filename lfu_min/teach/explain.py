@@ -16,7 +16,7 @@ from ..engine.distributed import Team
 from ..engine.passes import gradients, joint_norm, last_state, sft_loss, states, trained
 from ..files import data
 from ..files.checkpoint import load_config, load_model
-from ..files.tokenizer import load_tokenizer
+from ..files.tokenizer import check_fit, load_tokenizer
 from ..lfu import ascend, lfu_step, mse
 from ..lora import add_lora, aux_lora
 from ..methods import AUXILIARIES
@@ -57,9 +57,7 @@ def prepare(argv=None):
             raise ValueError(f"--{name} 0 is plain SFT: there is nothing to compare")
     device = system.pick_device(s.device)
     config, tokenizer = load_config(s.model), load_tokenizer(s.model)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{s.model}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
-                         f"{config.vocab_size} rows")
+    check_fit(tokenizer, config, s.model)
     s.max_len = min(s.max_len, config.max_position_embeddings)
     examples, _ = data.load_dataset(s.data, tokenizer, s.template, s.max_len)
     model = load_model(s.model, device, torch.float32)

@@ -172,9 +172,9 @@ def questions(s):
 
 def shown(question):
     """A prompt as text: a question, or the messages of a conversation, one a line."""
-    if isinstance(question, str):
-        return question
-    return "\n          ".join(f"{m['role']}: {m['content']}" for m in question)
+    if not isinstance(question, str):
+        question = "\n          ".join(f"{m['role']}: {m['content']}" for m in question)
+    return question.encode("utf-8", "replace").decode()  # a lone surrogate cannot be printed
 
 
 def answers(model, tokenizer, asked, template):
