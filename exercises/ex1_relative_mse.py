@@ -5,8 +5,8 @@ stream grows from layer to layer, so the last layers before the norm make up mos
 (`python -m lfu_min.teach.explain` shows it as bars). Divide each layer's term by the mean square
 of h there: what counts is then how far a state moved for its size.
 
-Two questions to answer by the way. Which of the two h, the one in the numerator or the one in the
-denominator, must be a constant? And what would the loss reward if the other one were not?
+A question for yourself: h stands above and below the fraction line, and is a constant in both
+places. What would the loss reward if the one below were not?
 
 In the library: methods/distances.py, DISTANCES. Lambda needs another value then; why?
 """

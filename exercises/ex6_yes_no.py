@@ -24,7 +24,7 @@ from lfu_min.scoring.tasks import choice, choice_doc, read_records
 def read_yes_no(path, labels=None):
     """[Doc, ...] of a BoolQ file. ValueError, with the line, for an answer that is not true or
     false. (labels: a file of labels, for tasks that have one; there is none here.)"""
-    raise NotImplementedError("read_records gives (where, record); choice_doc makes a Doc")
+    raise NotImplementedError("read_records checks fields of text; choice_doc makes a Doc")
 
 
 YES_NO = (read_yes_no, choice, None)  # KINDS' entry: reader, measure, default limit

@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
-from conftest import difference, tiny, tiny_batch
+from conftest import difference, tiny, tiny_batch, tiny_model
 import definitions
 from definitions import l_sft, moved_by, run, total_norm
 import eval as scoring
@@ -99,6 +99,10 @@ def test_embedding(answer):
     got, _ = gradient(model, lfu_step, answer.aux_embedding)
     assert difference(got, expected) < 1e-8
 
+    half = tiny_model().to(torch.bfloat16)
+    with answer.aux_embedding(half, None) as [d]:
+        assert d.dtype == torch.float32, "as steering's vectors: half precision would round it away"
+
     def one_draw_for_all_tokens(h, h_aux, layers, model):
         shift = h_aux[0] - h[0]  # (N, D), of the embeddings
         assert difference(shift, shift[:1].expand_as(shift)) < 1e-10
@@ -157,6 +161,12 @@ def test_least_moved(answer):
     assert h_aux[1].grad is None or not h_aux[1].grad.any()
     odd = answer.least_moved(h, h_aux, [2, 3, 4])
     assert difference(odd, torch.tensor([0, 1.5, 1.5]) * full[1:]) < 1e-10
+    sizes = [1.0, 1.0, 9.0, 1.0, 30.0]  # irregular, and a layer between that is not compared
+    h = [size * x.detach() for size, x in zip(sizes, h)]
+    h_aux = [x + far * torch.ones_like(x) for x, far in zip(h, [0, 0.5, 0, 0.01, 9.0])]
+    moved = [((h_aux[l] - h[l]).norm() / h[l].norm()).item() for l in (1, 3, 4)]
+    kept = [l > 0 for l in answer.least_moved(h, h_aux, [1, 3, 4]).tolist()]
+    assert kept == [far < max(moved) for far in moved], "the size is that of the layer itself"
     _, result = gradient(tiny(), lfu_step, compare=answer.least_moved)
     assert (result["consistency_per_layer"] > 0).sum() == 2
 

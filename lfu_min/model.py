@@ -11,8 +11,8 @@ vocabulary.
 Precision. Linear layers multiply in the dtype of their weights. Everything between them (the
 residual stream, norms, RoPE, the hidden states handed to the consistency loss) stays in float32
 when the weights are float16 or bfloat16, and in the weights' dtype otherwise, so a float64 model is
-float64 all through. README, "Half precision", says why LfU needs this: the difference h' - h it
-measures is about 1 % of h, and a half-precision residual stream rounds it away.
+float64 all through. docs/method.md, "Half precision", says why LfU needs this: the difference h' -
+h it measures is about 1 % of h, and a half-precision residual stream rounds it away.
 """
 from dataclasses import dataclass, field
 

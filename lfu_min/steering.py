@@ -3,7 +3,7 @@
 Paper, section 3.1. d_l is added to the output of block l, so it travels on through the residual
 stream into every later block; the last one is added before the final norm. The vectors start at
 zero, live for one micro-batch and are moved by lfu.ascend alone. (The authors' code trains random
-vectors with Adam instead; see README, "Paper and code".)
+vectors with Adam instead; see docs/method.md, "Paper and code".)
 """
 from contextlib import contextmanager
 

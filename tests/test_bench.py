@@ -83,6 +83,7 @@ def flops(step, batches):
 
 # ---- both sides do the work they are said to do ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ("lora", "full"))
 def test_their_sft_step_and_ours_give_the_same_gradients(tune):
     ours, theirs = pair(tune)

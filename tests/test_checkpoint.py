@@ -71,6 +71,7 @@ def same_weights(model, tensors):
 
 # ---- what transformers writes ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True},
                                      {"attention_bias": True, "mlp_bias": True}, ROPE],
                          ids=["untied", "tied", "biases", "llama3 RoPE"])

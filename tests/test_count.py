@@ -37,6 +37,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, dtype", [
     (CONFIG, torch.float16), slow(DEEPER, torch.float16), slow(DEEPER, torch.float32)],
     ids=["1 layer fp16", "2 layers fp16", "2 layers fp32"])

@@ -56,6 +56,7 @@ def test_float16_is_the_default_on_cuda_and_float32_elsewhere():
 
 # ---- device "meta": asking for a number is waiting ----
 
+@pytest.mark.slow
 @both_dtypes
 @both_tuned
 @each_aux
@@ -91,6 +92,7 @@ def step_on_another_device(aux, tune="lora", dtype=torch.float16, **variant):
         return run_step(count.prepare(model, tune, dtype), batch, aux, **variant)
 
 
+@pytest.mark.slow
 @both_dtypes
 @both_tuned
 @each_aux
@@ -99,6 +101,7 @@ def test_a_step_stays_on_the_models_device(aux, tune, dtype):
     assert all(tensor.device.type == "lazy" for tensor in result.values())
 
 
+@pytest.mark.slow
 @each_variant
 def test_moves_and_distances_stay_on_the_models_device(move, compare):
     result = step_on_another_device("reps", move=move, compare=compare)

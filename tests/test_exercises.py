@@ -32,7 +32,7 @@ SLIPS = {  # name: [(in the solution, written by mistake)]
     "asam": [("rho * t * over", "rho * over"), ("p.grad = None", "pass"),
              ("norm = joint_norm(Tg)", "norm = joint_norm(gradients(th))"),
              ("with inplace(model):", "if True:")],
-    "yes_no": [('("no", "yes")', '("yes", "no")'), ("isinstance(r[\"answer\"], bool)", "r"),
+    "yes_no": [('("no", "yes")', '("yes", "no")'), ("isinstance(r.get(\"answer\"), bool)", "r"),
                ("}?\\n", "}\\n")]}
 
 

@@ -44,6 +44,7 @@ if str(ROOT) not in sys.path:
 import eval as eval_script
 import train
 
+pytestmark = pytest.mark.slow
 TIMES = int(os.environ.get("LFU_FUZZ", 1))
 SECONDS = 20  # a case takes milliseconds; longer than this it hangs
 ROOM = 2**30  # bytes that all cases together may take from the system

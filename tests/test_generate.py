@@ -49,6 +49,7 @@ def pair(request):
     return model, twin
 
 
+@pytest.mark.slow
 def test_the_batch_equals_transformers_on_each_prompt_alone(pair):
     model, twin = pair
     expected = theirs_one_by_one(twin, some_prompts(), 40)
@@ -133,6 +134,7 @@ def test_a_model_that_gives_nan_or_inf_gives_no_tokens(bad):
                      temperature=temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["positions count the padding", "the mask shows the padding"])
 def test_planted_mistakes_are_caught(pair, mistake, monkeypatch):
     model, twin = pair

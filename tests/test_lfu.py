@@ -539,6 +539,9 @@ def channels_summed(h, h_aux, layers, model):
 @pytest.mark.parametrize("aux", AUX)
 def test_planted_mistake_in_a_part_is_seen(aux, parts):
     model, batch = tiny(), tiny_batch()
+    with AUXILIARIES[aux](model, torch.Generator()) as th_aux:
+        if len(th_aux) == 1 and parts.get("move") is one_norm_a_tensor:
+            pytest.skip("of one tensor both norms are the same")
     expected, _, _ = definition(model, *batch, aux)
     assert difference(stepped(model, *batch, aux)[0], expected) <= 1e-8
     assert difference(stepped(model, *batch, aux, **parts)[0], expected) > 1e-3

@@ -12,6 +12,8 @@ import pytest
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
 
+pytestmark = pytest.mark.slow
+
 # Python runs it before anything else. The hook sees what C code behind Python's socket does too;
 # what a library opens by itself (in Rust, say) it does not see: hence the last test.
 CLOSED = '''

@@ -139,6 +139,7 @@ def norm(a):
     return total_norm(a.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux", AUXILIARIES)
 def test_what_the_detach_is_for(aux):
     """With h detached the gradient of l_cons grows as alpha. Without, two almost equal terms cancel

@@ -116,6 +116,7 @@ def test_width_font_and_both_files(kind, width, figures, folder):
     assert matplotlib.rcParams["font.size"] == matplotlib.rcParamsDefault["font.size"], "no traces"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "sweep"])
 def test_nothing_is_cut_off_at_the_margin(kind, figures, folder):
     """A white margin on every side; text that leaves the picture would blacken it."""

@@ -66,6 +66,7 @@ def test_every_number_is_the_definitions(aux):
     check_against_definition(aux)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mistake", [
     ("ascend", lambda th_aux, g, alpha: explain.ascend(th_aux, g, -alpha)),
     ("ascend", lambda th_aux, g, alpha: explain.ascend(th_aux, g, alpha * 1.01)),

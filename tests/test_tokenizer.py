@@ -118,6 +118,7 @@ def differences(tokenizer, file, texts):
     return [text for text, other in zip(texts, expected) if tokenizer.encode(text) != other.ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_ids_equal_the_librarys_on_real_and_random_text(tmp_path, structure):
     file = file_of(structure)
@@ -127,6 +128,7 @@ def test_ids_equal_the_librarys_on_real_and_random_text(tmp_path, structure):
     assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5  # merges do happen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure, pattern", [
     ("smollm2", module.GPT2),  # digits not isolated
     # blanks before a digit split

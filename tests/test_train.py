@@ -127,6 +127,7 @@ def test_epochs_set_the_number_of_steps(tmp_path, words):
     assert len(log) == 2 * math.ceil(12 / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, usual", [("--move", "ascent"), ("--compare", "mse")])
 def test_the_parts_can_be_chosen(tmp_path, words, flag, usual):
     """Each choice trains, from the same start, and none is a synonym of the usual one."""
@@ -343,6 +344,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, words, mon
         run(tmp_path, words, "nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, dtype", [("sft", "fp32"), ("grad", "fp32"), ("sft", "fp16")])
 def test_the_examples_of_what_is_not_finite_are_named(tmp_path, words, monkeypatch, what, dtype):
     """By their numbers in the file, of the one micro-batch of the second step that is not finite;

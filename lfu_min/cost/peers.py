@@ -45,8 +45,8 @@ def their_lfu_step(model, lam=5.0, alpha=0.1):
 
     The ascent's gradient comes from a second batch, the trained weights themselves are moved, and
     states are compared at the label positions of all L+1 entries. Restoring the weights before the
-    last backward, through two graphs at once, makes its gradient inexact (README, "Paper and
-    code"); it stays so here, since the cost is what is measured.
+    last backward, through two graphs at once, makes its gradient inexact (docs/method.md, "Paper
+    and code"); it stays so here, since the cost is what is measured.
     """
     params = [p for p in model.parameters() if p.requires_grad]
 

@@ -2,8 +2,10 @@
 
 A kind is a context manager f(model, generator). It attaches leaf tensors that require a gradient
 and change nothing yet (zero effect: two passes are enough only then), yields them in a list, and
-takes them off, also after an exception. A new one: write it, add it to AUXILIARIES, and write its
-definition into tests/definitions.py; the tests run over the dictionary.
+takes them off, also after an exception. It draws from `generator` alone, each of its tensors has a
+gradient at the start (else it would never move), none is in half precision, and no module is of
+another type afterwards. A new one: write it, add it to AUXILIARIES, its definition to
+tests/definitions.py and its table to docs/method.md; tests run over the dictionary and ask for all.
 """
 from contextlib import contextmanager
 

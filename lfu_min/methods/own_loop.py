@@ -65,7 +65,8 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         faster, more memory.
 
     Returns a dict of detached tensors: sft, consistency (unweighted), ascent_norm (||g||),
-    consistency_per_layer (layers,), sft_grad_norm and consistency_grad_norm (of lam * l_cons).
+    consistency_per_layer and movement (layers,), sft_grad_norm, consistency_grad_norm (of lam *
+    l_cons) and gradient_cosine; for plain SFT all but sft's are zero.
     Raises ValueError for settings out of range.
     """
     if aux not in AUX_KINDS:
@@ -85,8 +86,10 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     if lam == 0 or aux == "none":
         result = sft_step(model, batch)
         nothing = torch.zeros_like(result["sft"])
-        return dict(result, consistency=nothing, ascent_norm=nothing, consistency_grad_norm=nothing,
-                    consistency_per_layer=nothing.expand(len(compared)))
+        names = ("consistency", "ascent_norm", "consistency_grad_norm", "gradient_cosine")
+        by_layer = dict.fromkeys(("consistency_per_layer", "movement"),
+                                 nothing.expand(len(compared)))
+        return result | dict.fromkeys(names, nothing) | by_layer
     move = ascend if other is None else ascend_on_another_batch
     checkpointing = model.activation_checkpointing
     try:
