@@ -281,6 +281,7 @@ def test_the_split_at_the_context_and_the_empty_context(tiny):
     assert pieces[1] == tokenizer.encode("the market")[len(tokenizer.encode("the mar")):]
 
 
+@pytest.mark.slow
 def test_gsm8k_equals_transformers_with_shots_and_stops_at_question(tiny):
     model, tokenizer, theirs = tiny
     docs = tasks.read_gsm8k(BUNDLED / "data" / "word_problems_test.jsonl")[:5]

@@ -188,6 +188,7 @@ def made_up_model(rng):
     return {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": rng.random() < 0.5}
 
 
+@pytest.mark.slow
 def test_made_up_merge_tables_are_exact_or_refused(tmp_path):
     """The check that tiktoken's rule equals the listed merges: all words of up to 5 letters and
     some longer ones."""
@@ -405,6 +406,7 @@ def write_model(path, file):
     return first
 
 
+@pytest.mark.slow
 def test_llama3_tokenizer_model(tmp_path):
     file = file_of("llama3")
     first = write_model(tmp_path / "tokenizer.model", file)
