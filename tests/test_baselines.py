@@ -76,6 +76,7 @@ def test_gradient_and_loss_equal_the_definition(name, tune, settings):
                for value in values.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mistake", [(n, m) for n in MISTAKES for m in MISTAKES[n]])
 def test_planted_mistake_is_seen(name, mistake):
     model, batch = tiny(), tiny_batch()

@@ -58,6 +58,7 @@ def test_the_batch_equals_transformers_on_each_prompt_alone(pair):
     assert len(set(map(tuple, expected))) == len(LENGTHS), "rows that differ, to test their order"
 
 
+@pytest.mark.slow
 def test_a_stop_id_ends_its_row_alone_and_is_not_part_of_the_result(pair):
     model, twin = pair
     free = theirs_one_by_one(twin, some_prompts(), 40)

@@ -503,6 +503,7 @@ DEFINITION_MISTAKES = ("detach on the other side", "no detach", "embedding inclu
                        "SFT at the perturbed model", "direction not constant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", DEFINITION_MISTAKES)
 @pytest.mark.parametrize("aux", AUX)
 def test_planted_mistake_in_the_definition_is_seen(aux, mistake):
@@ -532,6 +533,7 @@ def channels_summed(h, h_aux, layers, model):
     return mse(h, h_aux, layers) * h[0].shape[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [
     dict(move=descent), dict(move=one_norm_a_tensor), dict(move=not_normalised),
     dict(compare=channels_summed), dict(lam=0.1, alpha=5.0), dict(layers=[1, 2, 3])],

@@ -100,12 +100,19 @@ def test_a_word_problem_keeps_its_story_in_every_wording():
 @pytest.mark.slow
 def test_the_measures_of_a_run(run):
     """All measures once: columns of the tables are there, and the margin falls under attack."""
+    with open(run / "log.jsonl", "w") as log:
+        for step in range(1, 21):
+            record = dict(sft=1 / step, ms=100.0 + step, consistency=0.1, consistency_share=0.5,
+                          gradient_cosine=0.3, movement=[0.01, 0.02 * step])
+            log.write(json.dumps(record) + "\n")
     found = {}
     for name, measure in measures.MEASURES.items():
         if name.endswith("_test"):
             found |= measure(run)
     for name, experiment in EXPERIMENTS.items():
-        assert set(experiment.columns) - {"first movement"} <= found.keys(), name
+        assert set(experiment.columns) <= found.keys(), name
+    assert found["train loss"] == pytest.approx((1 / 19 + 1 / 20) / 2), "the last tenth"
+    assert (found["ms a step"], found["first movement"]) == (110.5, 0.02)
     assert found["margin 0"] > found["margin 20"] > found["margin 60"]
     wordings = [found[name] for name in measures.WORDINGS]
     assert found["mean over wordings"] == pytest.approx(mean(wordings))

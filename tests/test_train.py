@@ -85,6 +85,7 @@ def test_sft_and_lfu_see_the_same_batches_from_the_same_start(tmp_path, words):
             assert a["tokens"] == b["tokens"] and a["target_tokens"] == b["target_tokens"]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_run(tmp_path, words):
     files = [load_file(str(run(tmp_path, words, n, "--seed",
                                "7")[0] / "adapter_model.safetensors")) for n in "ab"]
