@@ -26,6 +26,8 @@ from lfu_min.engine import system
 from lfu_min.files.checkpoint import load_config
 from lfu_min.lora import add_lora, lora_modules
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--shape", "tiny", "--batch", "2", "--tokens", "16", "--repeats", "2", "--device", "cpu",
         "--dtype", "fp32", "--no-memory"]
 DATA = BUNDLED / "data" / "word_problems_validation.jsonl"

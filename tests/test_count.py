@@ -22,6 +22,8 @@ from lfu_min.engine import system
 from lfu_min.files.checkpoint import parse_config
 from lfu_min.lora import add_lora
 
+pytestmark = pytest.mark.slow
+
 CONFIG = parse_config({**TINY, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 160})
 DEEPER = replace(CONFIG, num_hidden_layers=2)
 

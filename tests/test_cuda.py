@@ -21,6 +21,8 @@ from lfu_min.lfu import lfu_step, sft_step
 from lfu_min.methods import AUXILIARIES, DISTANCES, MOVES, lfu_backward
 import train
 
+pytestmark = pytest.mark.slow
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 AUX = (*AUXILIARIES, "none")
 VARIANTS = [*((move, "mse") for move in MOVES),

@@ -13,6 +13,8 @@ import pytest
 
 from lfu_min.engine.system import ROOT
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "exercises"
 spec = importlib.util.spec_from_file_location("test_answers", FOLDER / "test_answers.py")
 answers = importlib.util.module_from_spec(spec)

@@ -224,6 +224,7 @@ def test_a_missing_bias_or_norm_is_named(tmp_path, name):
 
 # ---- adapters ----
 
+@pytest.mark.slow
 @three
 def test_adapters_are_pefts_in_both_directions(tmp_path, name):
     peft, ids, changes = quiet_peft(), random_ids(T=30), MEMBERS[name]

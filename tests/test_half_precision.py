@@ -24,6 +24,8 @@ from lfu_min.lora import add_lora, aux_lora
 from lfu_min.methods import AUXILIARIES, lfu_backward
 from lfu_min.steering import aux_steering
 
+pytestmark = pytest.mark.slow
+
 HALF = (torch.float16, torch.bfloat16)
 AUX = tuple(AUXILIARIES)
 

@@ -69,6 +69,7 @@ def test_gradient_and_values_equal_the_definition(aux, tune, dtype):
     assert not any(value.requires_grad for value in result.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, numbers",
                          [("early", [1, 2]), ("middle", [3]), ("late", [4]), ("2-3", [2, 3]),
                                              ("1-1", [1])])
@@ -417,6 +418,7 @@ def test_head_in_chunks_gives_the_same(aux, tune, monkeypatch):
         assert pieces["sft"].item() == pytest.approx(result["sft"].item(), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", TUNED)
 @pytest.mark.parametrize("aux", (*AUX, "none"))
 def test_activation_checkpointing_gives_the_same(aux, tune):

@@ -20,6 +20,8 @@ from lfu_min.lfu import ascend, lfu_step
 from lfu_min.lora import aux_lora, lora_modules
 from lfu_min.methods import AUXILIARIES, lfu_backward
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "method.md"
 COLUMNS = ("l_SFT", "g of Eq 2", "l_cons")
 ROWS = ("trained weights of blocks 1 and 2", "trained weights of blocks 3 and 4", "trained head",

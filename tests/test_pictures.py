@@ -16,6 +16,8 @@ matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib (require
 from matplotlib import image
 from matplotlib.colors import to_hex
 
+pytestmark = pytest.mark.slow
+
 AUX = {"SFT": "none", "LfU-lora": "lora", "LfU-reps": "reps", "LfU-inplace": "inplace"}
 FIVE = ("base", *AUX)
 KINDS = ("scores", "wordings", "noise", "attack")

@@ -147,6 +147,7 @@ def some(names, fast):
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(KINDS, ["lora", "inplace", "full"]))
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, words, kind, monkeypatch):
     """Stopped by a signal after step 2; every checkpoint of steps 1 to 4, the log and what is saved

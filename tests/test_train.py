@@ -43,6 +43,7 @@ def run(tmp_path, words, name, *flags):
                        "--batch-size", "4", "--max-steps", "3", *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux", ["lora", "reps", "inplace", "none"])
 def test_a_run_folder_holds_adapter_settings_and_log(tmp_path, words, aux, capsys):
     out, log = run(tmp_path, words, aux, "--aux", aux)
@@ -230,6 +231,7 @@ def test_the_other_batch_is_another_one_with_its_own_divisor(tmp_path, words, mo
             other.input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux", ["lora", "reps", "inplace"])
 def test_one_step_is_the_definition_on_the_same_micro_batches(tmp_path, words, monkeypatch, aux):
     """From the flags to the gradient before clipping: against tests/definitions.py, in float32."""
