@@ -20,7 +20,8 @@ MISTAKES = {
     "sam": ["norm per tensor", "descent", "not moved", "both gradients", "second order"],
     "l1": ["summed", "embedding included", "every token"],
     "l2": ["summed", "embedding included", "every token", "squared"],
-    "logit_kl": ["direction not constant", "SFT at the perturbed model"]}
+    "logit_kl": ["direction not constant", "SFT at the perturbed model"],
+    "attached": ["detached", "detach on the other side"]}
 
 
 def weights(model):
@@ -133,5 +134,13 @@ def logit_kl(model, ids, labels, lengths, generator, mistake=None, lam=5.0, alph
     return torch.tensor(loss, dtype=torch.float64), gradients
 
 
+def attached(model, ids, labels, lengths, generator, mistake=None, lam=5.0, alpha=0.1):
+    mistake = None if mistake == "detached" else mistake or "no detach"
+    gradients, values, _ = definition(model, ids, labels, "lora", lam, alpha,
+                                      seed=generator.initial_seed(), mistake=mistake)
+    loss = values["sft"] + lam * values["consistency"]
+    return torch.tensor(loss, dtype=torch.float64), gradients
+
+
 DEFINITIONS = {"sft": sft, "neftune": neftune, "prompt": prompt, "gem": gem, "sam": sam,
-               "l1": magnitude(mean_magnitude), "l2": magnitude(euclidean), "logit_kl": logit_kl}
+               "l1": magnitude(mean_magnitude), "l2": magnitude(euclidean), "logit_kl": logit_kl, "attached": attached}

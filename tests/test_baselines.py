@@ -25,9 +25,10 @@ from lfu_min.training import sdft
 
 LENGTHS = [9, 7, 9]  # real tokens of tiny_batch's rows, of 9
 ZERO = {"neftune": dict(alpha=0.0), "sam": dict(rho=0.0), "l1": dict(lam=0.0),
-        "l2": dict(lam=0.0), "logit_kl": dict(lam=0.0)}
+        "l2": dict(lam=0.0), "logit_kl": dict(lam=0.0), "attached": dict(lam=0.0)}
 STRONG = {"neftune": dict(alpha=9.0), "gem": dict(beta=0.5, h="linear"), "sam": dict(rho=0.3),
-          "l1": dict(lam=2.0), "l2": dict(lam=0.7), "logit_kl": dict(lam=3.0, alpha=0.3)}
+          "l1": dict(lam=2.0), "l2": dict(lam=0.7), "logit_kl": dict(lam=3.0, alpha=0.3),
+          "attached": dict(lam=3.0, alpha=0.3)}
 
 
 def generator(seed=7):
@@ -372,7 +373,7 @@ def test_defaults_by_name_are_the_steps():
         ("neftune", "alpha"): 5.0, ("neftune", "lengths"): None, ("neftune", "padded"): False,
         ("gem", "beta"): 0.7, ("gem", "h"): "logsigmoid", ("sam", "rho"): 0.05,
         ("l1", "lam"): 5.0, ("l2", "lam"): 5.0, ("logit_kl", "lam"): 5.0,
-        ("logit_kl", "alpha"): 0.1}
+        ("logit_kl", "alpha"): 0.1, ("attached", "lam"): 5.0, ("attached", "alpha"): 0.1}
 
 
 @pytest.mark.parametrize("name, settings, named", [

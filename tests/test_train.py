@@ -145,7 +145,8 @@ def test_the_parts_can_be_chosen(tmp_path, words, flag, usual):
     ("neftune", ["--neftune-alpha", "7"], dict(alpha=7)), ("prompt", [], {}),
     ("gem", ["--gem-beta", "0.5"], dict(beta=0.5)), ("sam", ["--rho", "0.3"], dict(rho=0.3)),
     ("l1", ["--lam", "2"], dict(lam=1)), ("l2", ["--lam", "0.02"], dict(lam=0.01)),
-    ("logit_kl", ["--lam", "2", "--alpha", "0.2"], dict(lam=1, alpha=0.2))])
+    ("logit_kl", ["--lam", "2", "--alpha", "0.2"], dict(lam=1, alpha=0.2)),
+    ("attached", ["--lam", "2", "--alpha", "0.2"], dict(lam=1, alpha=0.2))])
 def test_a_baseline_gets_what_the_flags_say(tmp_path, words, monkeypatch, name, flags, settings):
     """Lambda is divided by the two micro-batches; the step's losses add up to the log's."""
     calls, honest = [], BASELINES[name]

@@ -22,12 +22,14 @@ batches, which is not the paper's method; that one is steering.aux_steering.
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..engine import passes
 from ..engine.passes import (adds_to_grad, backward, gradients, last_state, sft_loss, states,
                              trained)
 from ..lfu import ascend, lfu_step, sft_step
+from ..lora import aux_lora
 from .auxiliaries import inplace
 from .distances import logit_kl
 
@@ -198,7 +200,28 @@ def logit_kl_step(model, batch, lam=5.0, alpha=0.1):
     return dict(result, loss=result["sft"] + lam * result["consistency"])
 
 
+# ---- LfU with h not detached ----
+
+@adds_to_grad
+def attached_step(model, batch, lam=5.0, alpha=0.1):
+    """LfU with an auxiliary LoRA and an Eq 5 in which h is not detached: the model is pulled to the
+    worsened one, too. It takes a third forward, because the ascent moves what the first one's graph
+    would need."""
+    th = trained(model)
+    own = states(model, batch)
+    with aux_lora(model, batch.generator) as th_aux:
+        sft = sft_loss(model, last_state(model, batch), batch)
+        backward(sft, th, th_aux, batch.loss_scale)
+        g_norm = ascend(th_aux, gradients(th_aux), alpha)
+        h_aux = states(model, batch)
+        terms = torch.stack([F.mse_loss(b, a) for a, b in zip(own[1:], h_aux[1:])])
+        backward(lam * terms.mean(), th, (), batch.loss_scale)
+    return dict(sft=sft, loss=sft + lam * terms.mean(), ascent_norm=g_norm,
+                consistency=terms.mean())
+
+
 BASELINES = {
     "sft": sft_step, "neftune": neftune_step,
     "prompt": sft_step,  # the step is SFT's, on prompt_examples(...)
-    "gem": gem_step, "sam": sam_step, "l1": l1_step, "l2": l2_step, "logit_kl": logit_kl_step}
+    "gem": gem_step, "sam": sam_step, "l1": l1_step, "l2": l2_step, "logit_kl": logit_kl_step,
+    "attached": attached_step}

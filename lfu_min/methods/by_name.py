@@ -36,7 +36,7 @@ def backward(name, model, input_ids, labels, generator=None, attention_mask=None
 
     name and settings (defaults: the steps' of baselines.py, and lfu_backward's):
         sft; neftune: alpha, padded; prompt; gem: beta, h ("linear" or "logsigmoid"); sam: rho;
-        l1, l2: lam; logit_kl: lam, alpha; lfu: aux, lam, alpha, layers
+        l1, l2: lam; logit_kl, attached: lam, alpha; lfu: aux, lam, alpha, layers
     input_ids, labels: (B, T) int64, padded on the right; labels unshifted, -100 where not
         supervised. generator: draws neftune's noise and the auxiliary LoRA's A.
     attention_mask: (B, T), 1 for real tokens and 0 for padding, on the right. None: what follows a

@@ -52,8 +52,10 @@ def changed(method, **changes):
 
 def ablation(tuned):
     """LfU-lora with one part replaced, and SFT at LfU's own learning rate."""
+    own = {k: v for k, v in tuned["LfU-lora"]["best"].items() if k != "aux"}
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"), dtype=("fp16", "bf16"))(tuned) | {
+        "h not detached": own | {"method": "attached"},
         "SFT at its lr": tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}}
 
 

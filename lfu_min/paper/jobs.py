@@ -4,11 +4,12 @@
     FOLDER/trained          there once it has ended: how many seconds its steps took
     FOLDER/<measure>.json   {column: number} of a measure
 
-Used by sweep.py and reproduce.py.
+Used by sweep.py, reproduce.py and real.py.
 """
 from concurrent.futures import ProcessPoolExecutor
 import contextlib
 import importlib.util
+import json
 import multiprocessing
 import shutil
 import sys
@@ -29,6 +30,14 @@ def train_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def data_file(file, rows):
+    """`file` with these records, one a line; written unless it is there."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def as_flags(setting):
@@ -53,6 +62,11 @@ def trained(flags, folder):
     return run
 
 
+def there(flags, folder, measures):
+    """Whether nothing is left to do."""
+    return all((folder / f"{name}.json").is_file() for name in measures)
+
+
 def measured(flags, folder, measures, threads=1):
     """{column: number} of all measures, {name: function(run folder, or None for the base)}, of
     one run; flags None: of the base. Only what is not there is trained and measured."""
@@ -70,8 +84,10 @@ def measured(flags, folder, measures, threads=1):
 
 def all_measured(todo, jobs, threads=1, name=lambda key: key):
     """{key: {column: number}} of {key: (flags, folder, measures)}, `jobs` at one time, each in a
-    process of its own; a line a result on the standard error."""
-    started, found = time.time(), {}
+    process of its own; a line a new result on the standard error."""
+    started, own = time.time(), torch.get_num_threads()
+    found = {key: measured(*job, own) for key, job in todo.items() if there(*job)}
+    todo = {key: job for key, job in todo.items() if key not in found}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = {key: pool.submit(measured, *job, threads) for key, job in todo.items()}
         try:

@@ -40,14 +40,14 @@ def tuning(found, chosen, by, rows):
         "# tune: nine settings a method, on the validation split", "",
         f"Means over seeds {', '.join(map(str, grid.TUNING_SEEDS))}; {grid.EXAMPLES} word "
         f"problems, {grid.EPOCHS} epochs of {grid.BATCH}. Grid and rule: `paper/grid.py: choose`.",
-        *command("tune"), "",
+        *command("python -m lfu_min.paper.reproduce tune"), "",
         table(["method", "setting", "word problems (%)", "other categories (%)", "chosen"], lines),
         ""])
 
 
-def command(name):
+def command(line):
     versions = system.environment()["versions"]
-    return ["", "```bash", f"python -m lfu_min.paper.reproduce {name}", "```", "",
+    return ["", "```bash", line, "```", "",
             f"Two CPU cores, Python {versions['python']}, torch {versions['torch']}, float32."]
 
 
@@ -63,7 +63,7 @@ def reference(row, by):
 def digits(column):
     return 1 if column in ("word problems", "category mean", "ms a step") or not any(
         word in column for word in ("nll", "loss", "margin", "cosine", "share", "movement",
-                                    "layer")) else 4 if "layer" in column else 3
+                                    "layer", "bits")) else 4 if "layer" in column else 3
 
 
 def cell(found, column):
@@ -75,9 +75,10 @@ def cell(found, column):
     return f"{m:.{digits(column)}f}" + (f" ± {sd:.{digits(column)}f}" if n > 1 else "")
 
 
-def page(name, experiment, by, seeds, figure):
-    """A page of docs/results: the command, mean and standard deviation over seeds, and the paired
-    differences to SFT with their 95 % intervals; * where an interval leaves out zero."""
+def page(name, experiment, by, seeds, figure, line=None):
+    """A page of docs/results: the command (`line`, or reproduce NAME), mean and standard
+    deviation over seeds, and the paired differences to SFT with their 95 % intervals; * where an
+    interval leaves out zero."""
     columns = experiment.columns
     means = [[row, *(cell(found, c) for c in columns)] for row, found in by.items()]
     differences = []
@@ -94,7 +95,8 @@ def page(name, experiment, by, seeds, figure):
             star = "*" if abs(m) > half else ""
             cells.append(f"{m:+.{digits(column)}f} ± {half:.{digits(column)}f}{star}")
         differences.append(cells)
-    lines = [f"# {name}: {experiment.shows}", *command(name), "",
+    lines = [f"# {name}: {experiment.shows}",
+             *command(line or f"python -m lfu_min.paper.reproduce {name}"), "",
              f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds.", "",
              table(["", *columns], means), "",
              "Paired difference to SFT, seed by seed, ± half its 95 % interval; * where the "

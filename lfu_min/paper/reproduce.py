@@ -9,7 +9,6 @@ stopped when it is given again; runs that several names share are made once.
 """
 import argparse
 from functools import partial
-import json
 from pathlib import Path
 import random
 import time
@@ -45,13 +44,11 @@ def subset(folder, source, examples, seed):
     """The file of `examples` records drawn by the seed; written unless it is there. All methods
     draw the same questions."""
     file = folder / "data" / f"{source}-{examples}-{seed}.jsonl"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = rows_of(source, folder)
-        chosen = random.Random(f"{examples} {seed}").sample(range(len(rows)), examples)
-        lines = "".join(json.dumps(rows[i]) + "\n" for i in chosen)
-        file.write_text(lines)
-    return file
+    if file.is_file():
+        return file
+    rows = rows_of(source, folder)
+    chosen = random.Random(f"{examples} {seed}").sample(range(len(rows)), examples)
+    return jobs.data_file(file, [rows[i] for i in chosen])
 
 
 def job(setting, seed, names, folder):

@@ -19,7 +19,8 @@ TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move=
                      compare="compare"),
          "sft": {}, "neftune": dict(neftune_alpha="alpha"), "prompt": {},
          "gem": dict(gem_beta="beta"), "sam": dict(rho="rho"), "l1": dict(lam="lam"),
-         "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha")}
+         "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha"),
+         "attached": dict(lam="lam", alpha="alpha")}
 USUAL = dict(aux="lora", lam=5.0, alpha=0.1, layers="all", move="ascent", compare="mse",
              neftune_alpha=5.0, gem_beta=0.7, rho=0.05)
 
@@ -55,7 +56,8 @@ def parser():
                    help="distance between the two models [mse]")
     g = p.add_argument_group("what LfU is compared with")
     g.add_argument("--method", choices=("lfu", *BASELINES), default="lfu",
-                   help="prompt = every token trained; l1, l2, logit_kl = Table 6 [lfu]")
+                   help="prompt = every token trained; l1, l2, logit_kl = Table 6; "
+                   "attached = LfU with h not detached [lfu]")
     g.add_argument("--neftune-alpha", type=float, help="size of neftune's noise [5]")
     g.add_argument("--gem-beta", type=float, help="gem's temperature; 1 = SFT's gradient [0.7]")
     g.add_argument("--rho", type=float, help="length of sam's ascent step [0.05]")
@@ -200,7 +202,7 @@ def fill_method(s):
             raise ValueError(f"{flag} {value} has no part in --method {s.method}; leave one out")
     if s.method == "lfu" and (s.aux == "none" or s.lam == 0):
         s.method = "sft"
-    elif s.method not in ("lfu", "logit_kl"):
+    elif s.method not in ("lfu", "logit_kl", "attached"):
         s.aux = "none"  # nothing auxiliary is attached
 
 
