@@ -143,4 +143,5 @@ def attached(model, ids, labels, lengths, generator, mistake=None, lam=5.0, alph
 
 
 DEFINITIONS = {"sft": sft, "neftune": neftune, "prompt": prompt, "gem": gem, "sam": sam,
-               "l1": magnitude(mean_magnitude), "l2": magnitude(euclidean), "logit_kl": logit_kl, "attached": attached}
+               "l1": magnitude(mean_magnitude), "l2": magnitude(euclidean), "logit_kl": logit_kl,
+               "attached": attached}

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from lfu_min.paper import figures as paper
 from lfu_min.scoring import drawing, pictures, robustness
 from lfu_min.scoring.measures import Result, mean_sd
 from lfu_min.scoring.runs import Run
@@ -59,10 +60,10 @@ def draw(kind, folder, columns):
 
 
 def swept():
-    """Scores of a sweep, many close together."""
+    """Scores of reproduce.py, many close together."""
     draw = random.Random(1)
-    names = ["aux=none lr=1e-3", "aux=none lr=2e-3", "aux=lora lr=1e-3", "aux=lora lr=2e-3",
-             "aux=inplace lr=1e-3", "aux=reps alpha=0.3 lr=1e-3"]
+    names = ["SFT lr=1e-3", "SFT lr=2e-3", "LfU-lora lr=1e-3", "LfU-lora lr=2e-3",
+             "LfU-inplace lr=1e-3", "LfU-reps lr=1e-3"]
     by = {"base": [{"word problems": 0.0, "category mean": 99.0}]}
     by |= {name: [{"word problems": draw.uniform(70, 100), "category mean": draw.uniform(0, 60)}
                   for _ in range(3)] for name in names}
@@ -78,7 +79,7 @@ def folder(tmp_path_factory):
 def figures(folder):
     """{kind: Figure} of five methods and three seeds, written to folder/<kind>.png."""
     found = {kind: draw(kind, folder, five_methods()) for kind in KINDS}
-    return found | {"sweep": pictures.tradeoff(folder / "sweep.png", swept(), "test split")}
+    return found | {"fig1": paper.tradeoff(folder / "fig1.png", swept())}
 
 
 def means(axis, color):
@@ -103,7 +104,7 @@ def looks(fig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, width", [("scores", 6.8), ("wordings", 6.8), ("attack", 3.3),
-                                         ("noise", 3.3), ("sweep", 6.8)])
+                                         ("noise", 3.3), ("fig1", 6.8)])
 def test_width_font_and_both_files(kind, width, figures, folder):
     fig = figures[kind]
     assert fig.get_figwidth() == width
@@ -119,7 +120,7 @@ def test_width_font_and_both_files(kind, width, figures, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "sweep"])
+@pytest.mark.parametrize("kind", [*KINDS, "fig1"])
 def test_nothing_is_cut_off_at_the_margin(kind, figures, folder):
     """A white margin on every side; text that leaves the picture would blacken it."""
     png = image.imread(folder / f"{kind}.png")[..., :3]
@@ -165,13 +166,13 @@ def test_columns_are_called_by_method_and_by_folder_only_where_that_is_not_enoug
 
 # ---- the numbers
 
-@pytest.mark.parametrize("kind", ["scores", "wordings", "attack", "sweep"])
+@pytest.mark.parametrize("kind", ["scores", "wordings", "attack", "fig1"])
 def test_percentages_stay_inside_0_and_100(kind, figures):
     axis = figures[kind].axes[0]
     assert 0 <= axis.get_ylim()[0] < axis.get_ylim()[1] <= 100
     ends = [y for bars in axis.collections for bar in bars.get_segments() for _, y in bar]
     assert len(ends) > 8 and 0 <= min(ends) and max(ends) <= 100
-    if kind == "sweep":
+    if kind == "fig1":
         assert 0 <= axis.get_xlim()[0] < axis.get_xlim()[1] <= 100
         across = [x for bars in axis.collections for bar in bars.get_segments() for x, _ in bar]
         assert 0 <= min(across) and max(across) <= 100
@@ -304,21 +305,21 @@ def test_labels_that_want_one_place_are_stacked_around_it():
 # ---- the trade-off of a sweep
 
 def test_the_tradeoff_shows_means_seeds_the_base_and_learning_rates(figures):
-    fig, by = figures["sweep"], swept()
+    fig, by = figures["fig1"], swept()
     [axis] = fig.axes
     assert means(axis, drawing.STYLES["base"][0]) == [[[0.0, 99.0]]]
     [line] = means(axis, drawing.STYLES["SFT"][0])
-    given = sorted([mean_sd([row[column] for row in by[f"aux=none lr={lr}"]])[0]
+    given = sorted([mean_sd([row[column] for row in by[f"SFT lr={lr}"]])[0]
                     for column in ("word problems", "category mean")] for lr in ("1e-3", "2e-3"))
     assert line == [pytest.approx(point) for point in given]
     assert sum(len(one.get_xdata()) for one in faint(axis, drawing.STYLES["SFT"][0])) == 6
     assert sorted(text.get_text() for text in axis.texts if text.get_text()) == (
-        4 * ["lr 1e-3"] + 2 * ["lr 2e-3"])
+        4 * ["lr=1e-3"] + 2 * ["lr=2e-3"])
     assert [text.get_text() for text in fig.legends[0].get_texts()] == [
-        "base", "SFT", "LfU-lora", "LfU-inplace", "LfU-reps alpha 0.3"]
+        "base", "SFT", "LfU-lora", "LfU-inplace", "LfU-reps"]
 
 
 def test_labels_of_points_do_not_cover_each_other(figures):
-    [axis] = figures["sweep"].axes
+    [axis] = figures["fig1"].axes
     boxes = [text.get_window_extent().shrunk(0.95, 0.6) for text in axis.texts if text.get_text()]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -7,11 +7,12 @@ import pytest
 
 from lfu_min.engine import system
 from lfu_min.lora import lora_modules
-from lfu_min.paper import jobs, sweep
+from lfu_min.paper import jobs, measures, sweep
 from lfu_min.scoring.measures import Result
 from test_eval_robustness import run  # noqa: F401  (a fixture)
 
-ROW = {column: 50.0 for column in sweep.COLUMNS} | {f"{c} nll": 1.0 for c in sweep.COLUMNS[:-1]}
+ROW = {column: 50.0 for column in sweep.COLUMNS} | {f"{c} nll": 1.0 for c in sweep.COLUMNS[:-1]} | {
+    "others nll": 1.0}
 
 
 def test_a_grid_is_all_combinations_and_plus_begins_another():
@@ -40,8 +41,7 @@ def test_a_wrong_grid_is_named(words, named):
 
 @pytest.mark.parametrize("arguments, named", [
     (["lr=1,x"], "lr=x"), (["lr=1", "--json", "{out}"], "is a folder"),
-    (["lr=1", "--json", "{out}/no/s.json"], "does not exist"), (["lr=1", "--jobs", "x"], "jobs"),
-    (["lr=1", "--plot", "{out}/p.jpg"], "end in .png")])
+    (["lr=1", "--json", "{out}/no/s.json"], "does not exist"), (["lr=1", "--jobs", "x"], "jobs")])
 def test_nothing_runs_before_all_of_it_is_right(arguments, named, tmp_path, monkeypatch):
     def no_run(*arguments):
         raise AssertionError("a run was started")
@@ -81,9 +81,10 @@ def test_a_run_is_scored_with_its_adapter_and_the_base_without(run, monkeypatch)
     def measure(model, tokenizer, options, split):
         seen.append(len(lora_modules(model)))
         return [Result("math", "exact_match", 0.25, 0.1, 9), Result("math", "nll", 2.0, 0.1, 9)], {}
+    monkeypatch.setattr(measures, "CATEGORIES", ("math",))
     monkeypatch.setattr(sweep.categories, "measure", measure)
-    expected = {"math": 25.0, "math nll": 2.0}
-    assert sweep.scores(None, "test") == sweep.scores(run, "test") == expected
+    expected = {"math": 25.0, "math nll": 2.0, "others nll": 2.0}
+    assert measures.scores(None, "test") == measures.scores(run, "test") == expected
     assert seen == [0, 7 * 6], "seven LoRAs in each of the six layers"
 
 

@@ -1,5 +1,7 @@
 """The pictures of reproduce.py, with the looks of scoring/drawing.py: functions (path, {row:
 [{column: number}, one a seed]}) that write the picture. They need matplotlib."""
+import numpy as np
+
 from ..scoring.drawing import (NARROW, WIDE, cut, dodge, faint, finish, look, picture, ticks,
                                whiskered, write_beside)
 from ..scoring.measures import mean_sd
@@ -53,8 +55,8 @@ def tradeoff(path, by):
             x, y, dx, dy = zip(*points)
             xerr = cut(x, dx, PERCENT) if few else None
             whiskered(axis, x, y, style, dy if few else [0.0] * len(y), PERCENT, xerr=xerr)
-        axis.set(xlabel="word problems, right answers (%)",
-                 ylabel="mean of the other categories (%)")
+        axis.set(xlabel="word problems, right answers (%)", xlim=np.clip(axis.get_xlim(), *PERCENT),
+                 ylabel="mean of the other categories (%)", ylim=np.clip(axis.get_ylim(), *PERCENT))
         text = SEEDS.format(n=count(by)) if few else f"Means over {count(by)} seeds."
         finish(fig, list(drawn.values()), text + " Up and to the right is better.", {axis: []})
         if few:

@@ -13,16 +13,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
-
-from ..bundled import BUNDLED
 from ..engine import system
 from ..files import jsons
-from ..files.tokenizer import load_tokenizer
-from ..scoring import categories, pictures, tables, tasks
+from ..scoring import categories, tables
 from ..scoring.measures import mean_sd
-from ..scoring.runs import Run, each_model
 from ..training.settings import get_settings
+from . import measures
 from .jobs import all_measured, as_flags, train_script
 
 COLUMNS = (categories.IN_DOMAIN, *categories.CATEGORIES, "category mean")  # exact match, per cent
@@ -57,17 +53,6 @@ def title(setting, without=()):
     return " ".join(f"{k}={v}" for k, v in setting.items() if k not in without) or "all defaults"
 
 
-def scores(run, split):
-    """{column: value} of a run folder (None: the base): exact match in per cent, and the answers'
-    NLL in nats a token."""
-    # next alone: a second one would take the adapter off again
-    _, model = next(each_model(BUNDLED, [Run(str(run), run)], "cpu", torch.float32))
-    options = tasks.Options(max_new_tokens=80, batch_size=64)
-    results, _ = categories.measure(model, load_tokenizer(BUNDLED), options, split)
-    exact = {r.task: 100 * r.value for r in results if r.metric == "exact_match"}
-    return exact | {f"{r.task} nll": r.value for r in results if r.metric == "nll"}
-
-
 def show(by):
     """Print the table: one line per setting (its seeds together), mean and standard deviation over
     seeds."""
@@ -75,9 +60,8 @@ def show(by):
     print(" " * width + "  seeds" + "".join(f"{column:>16}"
                                             for column in (*COLUMNS, "nll in", "nll others")))
     for name, found in by.items():
-        others = [mean_sd([row[f"{c} nll"] for c in categories.CATEGORIES])[0] for row in found]
-        cells = [*([row[column] for row in found] for column in COLUMNS),
-                 [row[f"{categories.IN_DOMAIN} nll"] for row in found], others]
+        cells = [[row[column] for row in found]
+                 for column in (*COLUMNS, f"{categories.IN_DOMAIN} nll", "others nll")]
         line = f"{name:{width}}  {len(found):5d}"
         for i, values in enumerate(cells):
             mean, sd, n = mean_sd(values)
@@ -89,9 +73,9 @@ def show(by):
 def run_all(s, settings):
     """Train and score every setting, s.jobs at one time: {setting without its seed: [{column:
     value}, one a seed]}, the base first."""
-    measures = {f"scores_{s.split}": partial(scores, split=s.split)}
-    todo = {"base": (None, s.out / "base", measures)} | {
-        title(setting): (setting, s.out / title(setting).replace("/", "_"), measures)
+    own = {f"scores_{s.split}": partial(measures.scores, split=s.split)}
+    todo = {"base": (None, s.out / "base", own)} | {
+        title(setting): (setting, s.out / title(setting).replace("/", "_"), own)
         for setting in settings}
     found, by = all_measured(todo, s.jobs, s.threads), {}
     by["base"] = [found["base"]]
@@ -113,11 +97,7 @@ def main(argv=None):
                    help="runs at one time, each in a process of its own")
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--json", help="write the table's numbers here")
-    p.add_argument("--plot", metavar="FILE.png",
-                   help="learned against kept, a point a setting, and FILE.pdf (needs matplotlib)")
     s = p.parse_args(argv)
-    if s.plot:
-        pictures.check(s.plot)
     if s.json:
         tables.check_output("--json", s.json)
     train_script()
@@ -126,8 +106,6 @@ def main(argv=None):
     show(by)
     if s.json:
         jsons.write_json(s.json, {"split": s.split, "grid": s.grid, "rows": by})
-    if s.plot:
-        pictures.tradeoff(s.plot, by, f"{s.split} split")
     return by
 
 

@@ -2,20 +2,15 @@
 beside it. Needs matplotlib (requirements-dev.txt), which is imported only to draw.
 
 Columns are called by their methods. Where a column is several seeds, small faint points are the
-single ones. n, seeds and what the whiskers are stand below each picture. Called by eval.py --plot
-and sweep.py --plot. Verified in tests/test_pictures.py.
+single ones. n, seeds and what the whiskers are stand below each picture. Called by eval.py --plot.
+Verified in tests/test_pictures.py.
 """
 from math import inf, sqrt
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
-import numpy as np
-
-from .drawing import (AGAIN, NARROW, WIDE, cut, dodge, faint, finish, look, picture, ticks,
-                      whiskered, write_beside)
-from .measures import mean_sd
-from .runs import method, method_of, short_names
+from .drawing import AGAIN, NARROW, WIDE, dodge, faint, finish, look, picture, ticks, whiskered
+from .runs import method, short_names
 from .tables import check_output, over_seeds
 
 PERCENT = (0, 100)
@@ -214,45 +209,3 @@ def points(axis, column, x, scale=1, bounds=(-inf, inf), whiskers=True, **change
         faint(axis, x, [scale * r.value for r in one], column.look, left=3)
     whiskered(axis, x, [scale * r.value for r in column.results], column.look | changes,
               [scale * r.stderr * whiskers for r in column.results], bounds)
-
-
-# ---- sweeps
-
-def tradeoff(path, by, what):
-    """What is learned against what is kept, written to `path`; returns the Figure.
-
-    by: {setting, as sweep.py names it: [{column: per cent}, one a seed]}, "base" among them.
-    Settings of one method share a line, in the order of what they learned: up and to the right is
-    better.
-    """
-    lines = {}  # method -> [(x of every seed, y of every seed, the other settings), ...]
-    for setting, found in by.items():
-        words = dict(word.split("=") for word in setting.split() if "=" in word)
-        name = "base" if setting == "base" else method_of(**words)
-        words = {k: v for k, v in words.items() if k not in ("method", "aux")}
-        x, y = ([row[column] for row in found] for column in ("word problems", "category mean"))
-        lines.setdefault(name, []).append((x, y, words))
-    looks, labels = [], []
-    with picture(path, [WIDE], 2.8) as (fig, [axis]):
-        for name, line in lines.items():
-            line.sort(key=lambda point: fmean(point[0]))
-            first = line[0][2]
-            shared = [k for k in first if k != "lr" and all(first[k] == words.get(k)
-                                                            for _, _, words in line)]
-            looks.append(look(" ".join([name, *(f"{k} {first[k]}" for k in shared)]), name, lines))
-            for x, y, _ in line:
-                if len(x) > 1:
-                    faint(axis, x, y, looks[-1])
-            (x, dx, _), (y, dy, _) = (zip(*(mean_sd(point[k]) for point in line)) for k in (0, 1))
-            whiskered(axis, x, y, looks[-1], dy, PERCENT, xerr=cut(x, dx, PERCENT))
-            for at, kept, (_, _, words) in zip(x, y, line):
-                text = " ".join(f"{k} {v}" for k, v in words.items() if k not in shared)
-                labels.append((at, kept, text, looks[-1]["color"]))
-        axis.set(xlabel="word problems, right answers (%)", xlim=np.clip(axis.get_xlim(), *PERCENT),
-                 ylabel="mean of the other categories (%)", ylim=np.clip(axis.get_ylim(), *PERCENT))
-        counts = sorted({len(found) for setting, found in by.items() if setting != "base"})
-        finish(fig, looks, f"{what}; a point is the mean of {' or '.join(map(str, counts))} seeds, "
-               "whiskers: standard deviation over seeds, faint: single seeds. Up and to the right "
-               "is better.", {axis: []})
-        write_beside(axis, labels)
-    return fig
