@@ -194,8 +194,25 @@ def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
     assert text.count("best") >= len(grid.METHODS)
 
 
+def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
+    assert grid.nearest(0.02, {"a": 0.009, "b": 0.05, "c": 0.041}) == "c", "nearest as a ratio"
+    scale = {"LfU-lora": 1.0, "LfU-reps": 0.1, "LfU-inplace": 10.0}
+
+    def found(todo, *arguments, **others):
+        return {((method, i), seed): {
+            "word problems": 50.0 if i // 3 == 1 else 40.0, "category mean": 50.0,
+            "first movement": scale[method] * float(grid.settings(method)[i]["alpha"]) / 10,
+            "consistency_share": 0.5, "gradient_cosine": 0.25} for (method, i), seed in todo}
+    monkeypatch.setattr(reproduce.jobs, "all_measured", found)
+    text = reproduce.main(["rule", "--runs", str(tmp_path), "--out", str(tmp_path)])["rule"]
+    assert "by 1.00 %" in text
+    assert "| LfU-lora | 0.1 | 1.00 | 0.50 | 0.25 | 0.250 | largest, predicted |" in text
+    assert "| LfU-reps | 1 | 1.00 | 0.50 | 0.25 | 0.200 | predicted |" in text
+    assert "| LfU-inplace | 0.03 | 3.00 | 0.50 | 0.25 | 0.200 | predicted |" in text
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'table9': choose from tune, fig1"):
+    with pytest.raises(ValueError, match="'table9': choose from tune, rule, fig1"):
         reproduce.main(["tune", "table9", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")

@@ -11,6 +11,7 @@ The rule, of means over the tuning seeds:
             (word problems, mean of the other categories), in per cent each, that lies below and to
             the left of at least one of its points
 """
+import math
 from typing import NamedTuple
 
 EXAMPLES, EPOCHS, BATCH = 64, 20, 8  # 160 steps; the paper's subject is limited data
@@ -65,6 +66,12 @@ def hypervolume(points):
         area += x * max(0.0, y - height)
         height = max(height, y)
     return area / 1e4
+
+
+def nearest(target, movements):
+    """The rule for alpha: of {alpha: relative movement of the states in the first step}, the alpha
+    that moves them nearest to `target`, as a ratio."""
+    return min(movements, key=lambda alpha: abs(math.log(movements[alpha] / target)))
 
 
 def choose(found):

@@ -45,6 +45,20 @@ def tuning(found, chosen, by, rows):
         ""])
 
 
+def alphas(lines, target):
+    """The page of `rule`."""
+    return "\n".join([
+        "# rule: alpha by the movement of the states", "",
+        f"The first step should move the states by {100 * target:.2f} %, which is what LfU-lora's "
+        "best alpha does, in the layer that moves most (root mean square of h' - h over that of "
+        "h). For every other kind the rule predicts the alpha whose movement is nearest. Largest: "
+        "by the area under its three learning rates, `paper/grid.py: hypervolume`. Means over "
+        f"learning rates and seeds {', '.join(map(str, grid.TUNING_SEEDS))}, validation split; "
+        "share and cosine are medians of a run.",
+        *command("python -m lfu_min.paper.reproduce rule"), "",
+        table(["method", "alpha", "first movement (%)", "share", "cosine", "area", ""], lines), ""])
+
+
 def command(line):
     versions = system.environment()["versions"]
     return ["", "```bash", line, "```", "",

@@ -114,6 +114,39 @@ def tune(s):
     return report.tuning(found, chosen, by, rows)
 
 
+def rule(s):
+    """Does the movement of the states that suits `lora` choose alpha for the other kinds? From the
+    runs of `tune`; nothing is trained that it has not."""
+    rows = {(method, i): setting for method in grid.LFU
+            for i, setting in enumerate(grid.settings(method))}
+    experiment = experiments.Experiment("", lambda _: rows, ("scores_validation", "log_validation"),
+                                        (), seeds=grid.TUNING_SEEDS, base=False)
+    by, found = run(experiment, s), {}
+    for (method, i), setting in rows.items():
+        found.setdefault(method, {}).setdefault(setting["alpha"], []).append(by[method, i])
+    lines, target = [], None
+    for method, alphas in found.items():
+        areas = {alpha: grid.hypervolume([(mean_of(one, "word problems"),
+                                           mean_of(one, "category mean")) for one in of_rates])
+                 for alpha, of_rates in alphas.items()}
+        moved = {alpha: mean_of(sum(of_rates, []), "first movement")
+                 for alpha, of_rates in alphas.items()}
+        best = max(areas, key=areas.get)
+        target = target or moved[best]  # lora's
+        predicted = grid.nearest(target, moved)
+        for alpha, of_rates in alphas.items():
+            watched = [f"{mean_of(sum(of_rates, []), column):.2f}"
+                       for column in ("consistency_share", "gradient_cosine")]
+            note = ["largest"] * (alpha == best) + ["predicted"] * (alpha == predicted)
+            lines.append([method, alpha, f"{100 * moved[alpha]:.2f}", *watched,
+                          f"{areas[alpha]:.3f}", ", ".join(note)])
+    return report.alphas(lines, target)
+
+
+def mean_of(found, column):
+    return report.mean([row[column] for row in found])
+
+
 def main(argv=None):
     """Reproduce the names that are asked for; returns {name: text of its page}."""
     p = system.Parser(prog="python -m lfu_min.paper.reproduce", description=__doc__.split("\n")[0],
@@ -127,11 +160,13 @@ def main(argv=None):
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
                    help="training seeds [those of the experiment]")
     s = p.parse_args(argv)
-    every = {"tune": tune} | {name: partial(page, name) for name in experiments.EXPERIMENTS}
+    every = {"tune": tune, "rule": rule} | {name: partial(page, name) for name in experiments.EXPERIMENTS}
+    shows = {name: one.shows for name, one in experiments.EXPERIMENTS.items()} | {
+        "tune": "nine settings a method on the validation split; tuned.json",
+        "rule": "alpha of each kind by the movement of the states, from the runs of tune"}
     if s.list or not s.names:
         for name in every:
-            print(f"{name:10} " + (experiments.EXPERIMENTS[name].shows if name != "tune" else
-                                   "nine settings a method on the validation split; tuned.json"))
+            print(f"{name:10} {shows[name]}")
         return {}
     for name in s.names:
         if name not in every:
