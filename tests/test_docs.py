@@ -29,6 +29,7 @@ from lfu_min import load_adapter, load_model
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
 from lfu_min.paper import sweep
+from lfu_min.scoring import tasks
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -277,11 +278,12 @@ WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blo
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=label)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     """A page's in one namespace. path/to/X.jsonl is 128 word problems, any other path/to/X the
-    bundled model, runs/X a run made for it. A traceback names the page and its line."""
+    bundled model, runs/X a run made for it. A traceback names the page and its line. A block that
+    begins with the name of a file belongs into that file: tests/test_recipes.py."""
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks(page):
-        if block.language != "python":
+        if block.language != "python" or re.match(r"# (lfu_min|tests)/", block.text):
             continue
         code = re.sub(r"path/to/[\w.-]+\.jsonl?", str(DATA), block.text)
         code = re.sub(r"path/to/[\w.-]+", str(BUNDLED), code)
@@ -392,6 +394,15 @@ def test_the_glossary_has_every_symbol_of_lfu_py():
     glossary = text(ROOT / "docs" / "method.md").split("## Glossary")[1]
     assert len(set(symbols)) >= 10
     assert not [name for name in symbols if not re.search(rf"^\| `{name}`", glossary, re.M)]
+
+
+def test_every_data_set_that_is_named_has_its_licence():
+    rows = text(ROOT / "docs" / "how_long.md").split("## Licences")[1].lower()
+    own = {"exact", "nll", "perplexity"}  # tasks on files of one's own
+    named = {name for name in ("dolly", "alpaca", "alpagasus", "boolq", "wikipedia")
+             if any(name in text(page).lower() for page in [*PAGES, *ROOT.glob("exercises/*.py")])}
+    assert not [name for name in (tasks.KINDS.keys() - own) | named
+                if not re.search(rf"^\|[^|]*\b{name}", rows, re.M)]
 
 
 def test_the_table_of_the_log_has_every_field(tmp_path):
