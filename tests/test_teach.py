@@ -199,9 +199,9 @@ def test_passes_and_operations_of_the_relatives(monkeypatch):
     monkeypatch.setattr(relatives, "SHAPES", {"SmolLM2-135M": config})
     found = {name: relatives.count(config, step, 2, 16) for name, step in relatives.STEPS.items()}
     passes_of = {name: forwards for name, (forwards, _, _) in found.items()}
-    assert passes_of == {"sft": 1, "neftune": 1, "gem": 1, "l1": 1, "l2": 1, "sam": 2,
-                         "logit_kl": 2, "lfu lora": 2, "lfu reps": 2, "lfu inplace": 2,
-                         "lfu two-steps": 3}
+    known = {"sft": 1, "neftune": 1, "gem": 1, "l1": 1, "l2": 1, "sam": 2, "logit_kl": 2,
+             "lfu lora": 2, "lfu reps": 2, "lfu inplace": 2, "lfu two-steps": 3}
+    assert known.items() <= passes_of.items()
     flops = {name: count for name, (_, count, _) in found.items()}
     assert flops["sam"] == 2 * flops["sft"] == 2 * flops["neftune"]
     assert flops["sft"] < flops["lfu reps"] < flops["sam"]  # the second pass needs no head
