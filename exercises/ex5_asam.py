@@ -14,7 +14,7 @@ In the library: methods/baselines.py, BASELINES.
 """
 import torch
 
-from lfu_min.engine.passes import (adds_to_grad, backward, gradients, joint_norm, last_state,
+from lfu_min.engine.passes import (adds_to_grad, backward_into, grads_of, joint_norm, last_state,
                                    over_norm, sft_loss, trained)
 from lfu_min.methods.auxiliaries import inplace
 

@@ -1,7 +1,8 @@
 """Learning from the Undesirable (LfU, arXiv 2511.13052). `lfu_step` at the end is the method.
 
 Beside the SFT loss, LfU takes one normalised gradient-ASCENT step on auxiliary components, which
-makes the model worse, and pulls the hidden states of that undesirable model back to the model's:
+makes the model worse, and trains the weights to keep the hidden states of that undesirable model
+close to the model's own:
 
     l_LfU = l_SFT + lambda * l_cons                                                        (Eq 6)
 
@@ -26,12 +27,13 @@ l_SFT gives the gradients of th and of th_aux. The authors' code takes three for
 the weights before the backward that needs them; here every gradient is exact
 (tests/test_lfu.py compares with the definition written out slowly).
 
-The functions imported from engine/passes.py do what their names say and need not be read.
+Of engine/passes.py, which need not be read: backward_into is loss.backward() into the `.grad` of
+the tensors named and of no others, and returns the norm of what th got; grads_of reads `.grad`.
 """
 import torch
 import torch.nn.functional as F
 
-from .engine.passes import (adds_to_grad, backward, gradients, joint_norm, last_state, movement,
+from .engine.passes import (adds_to_grad, backward_into, grads_of, joint_norm, last_state, movement,
                             over_norm, sft_loss, states, trained)
 from .lora import aux_lora
 
@@ -52,7 +54,7 @@ def ascend(th_aux, g, alpha, model=None, batch=None):
 def mse(h, h_aux, layers, model=None):
     """Eq 5, one term a layer, (K,): the mean over positions and channels of (h' - h)^2.
 
-    h is detached: the worsened model is pulled to the model, never the model to the worsened one.
+    h is detached, a constant of the gradient: th learns to bring h' to h, not h to h'.
     The paper sums over channels; like the authors' code we average, because lambda = 5 is meant
     for that scale. (model is for the variants in methods/distances.py.)
     """
@@ -74,12 +76,12 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
     with auxiliary(model, batch.generator) as th_aux:  # zero effect: still the model itself
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
-        sft_norm = backward(sft, th, th_aux, batch.loss_scale)              # both gradients at once
+        sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)         # both gradients at once
         h, sft = [x.detach() for x in h], sft.detach()  # lets go of the first graph
-        g_norm = move(th_aux, gradients(th_aux), alpha, model, batch)       # Eq 2
+        g_norm = move(th_aux, grads_of(th_aux), alpha, model, batch)        # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
-        cons_norm = backward(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6: + in th's .grad
+        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6: + in .grad
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
                 sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(h, h_aux, layers))
@@ -90,4 +92,4 @@ def sft_step(model, batch):
     """Plain SFT, what LfU is compared with: add the gradient of l_SFT to `.grad`."""
     th = trained(model)
     sft = sft_loss(model, last_state(model, batch), batch)                  # Eq 1
-    return dict(sft=sft, sft_grad_norm=backward(sft, th, (), batch.loss_scale))
+    return dict(sft=sft, sft_grad_norm=backward_into(sft, th, (), batch.loss_scale))

@@ -2,7 +2,8 @@
 compared: three passes, auxiliary components added by hooks, loops over positions, full logits.
 
 Every auxiliary kind, move and distance of lfu_min/methods has its definition here, under the same
-name: KINDS, MOVES, TERMS. tests/test_methods.py fails by name for an entry without one.
+name: KINDS, MOVES, TERMS. tests/test_methods.py fails by name for an entry without one. A kind is
+in place where it gives run() `weights`: l_cons then has its gradient at these, the moved ones.
 """
 import math
 
@@ -130,6 +131,12 @@ def inplace_kind(model, generator):
 KINDS = {"lora": lora_kind, "reps": reps_kind, "inplace": inplace_kind}
 
 
+def in_place(aux, model):
+    """Whether this kind moves weights of the model itself."""
+    start, attach = KINDS[aux](model, torch.Generator().manual_seed(0))
+    return "weights" in attach(start)
+
+
 # ---- Eq 2: {name: f(start, g, g_at, g_other, alpha, generator) -> the moved tensors}, all of them
 #      dictionaries; g_at(th_aux) is the gradient elsewhere, g_other() that on the other batch ----
 
@@ -193,7 +200,7 @@ def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7,
     # Pass 2: h, and l_SFT of th. Pass 3: h'.
     h, logits = run(model, ids)
     sft = l_sft(logits, labels, divisor)
-    if aux == "inplace":
+    if "weights" in attach(moved):
         moved = {n: t.detach().requires_grad_() for n, t in moved.items()}
     h_aux, logits_aux = run(model, ids, **attach(moved))
     first, second = [x.detach() for x in h], h_aux
@@ -207,13 +214,15 @@ def definition(model, ids, labels, aux, lam=5.0, alpha=0.1, layers=None, seed=7,
     if mistake == "SFT at the perturbed model":
         sft = l_sft(logits_aux, labels, divisor)
 
-    wrt = list(th.values())
+    wrt, weights = list(th.values()), attach(moved).get("weights", {})
     sft_grad = gradient(sft, wrt, retain_graph=True)
-    at_moved = aux == "inplace" and mistake != "detach on the other side"
-    where = list(moved.values()) if at_moved else wrt
+    where = [weights.get(n, p) for n, p in th.items()]  # in place: at the moved weights
+    if mistake == "detach on the other side":
+        where = wrt
     cons_grad = [lam * t for t in gradient(cons, where, retain_graph=True)]
-    if aux == "inplace" and mistake == "no detach":
-        cons_grad = [a + lam * b for a, b in zip(cons_grad, gradient(cons, wrt))]
+    if mistake == "no detach":  # h adds what it says about the weights that h' does not see
+        cons_grad = [a if n not in weights else a + lam * b for n, a, b in
+                     zip(th, cons_grad, gradient(cons, wrt))]
     values = dict(sft=sft.item(), consistency=cons.item(), ascent_norm=norm,
                   consistency_per_layer=per_layer.detach(), sft_grad_norm=total_norm(sft_grad),
                   consistency_grad_norm=total_norm(cons_grad))

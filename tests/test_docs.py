@@ -277,11 +277,12 @@ WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blo
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=label)
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     """A page's in one namespace. path/to/X.jsonl is 128 word problems, any other path/to/X the
-    bundled model, runs/X a run made for it. A traceback names the page and its line."""
+    bundled model, runs/X a run made for it. A traceback names the page and its line. A block that
+    begins with the name of a file belongs into that file: tests/test_recipes.py."""
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks(page):
-        if block.language != "python":
+        if block.language != "python" or re.match(r"# (lfu_min|tests)/", block.text):
             continue
         code = re.sub(r"path/to/[\w.-]+\.jsonl?", str(DATA), block.text)
         code = re.sub(r"path/to/[\w.-]+", str(BUNDLED), code)
@@ -392,6 +393,15 @@ def test_the_glossary_has_every_symbol_of_lfu_py():
     glossary = text(ROOT / "docs" / "method.md").split("## Glossary")[1]
     assert len(set(symbols)) >= 10
     assert not [name for name in symbols if not re.search(rf"^\| `{name}`", glossary, re.M)]
+
+
+def test_every_data_set_that_is_named_has_its_licence():
+    rows = text(ROOT / "docs" / "how_long.md").split("## Licences")[1].lower()
+    pages = "".join(text(page) for page in [*PAGES, *ROOT.glob("exercises/*.py")]).lower()
+    for name in ("gsm8k", "piqa", "arc", "hellaswag", "lambada", "boolq", "dolly", "alpaca",
+                 "alpagasus", "wikipedia"):
+        assert re.search(rf"\b{name}", pages), f"{name} is named nowhere any more"
+        assert re.search(rf"^\|[^|]*\b{name}", rows, re.M), f"{name} has no licence"
 
 
 def test_the_table_of_the_log_has_every_field(tmp_path):

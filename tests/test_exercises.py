@@ -32,7 +32,7 @@ SLIPS = {  # name: [(in the solution, written by mistake)]
     "least_moved": [("(terms.detach() / sizes)", "terms.detach()"), (" K / chosen", " 1.0"),
                     (".argsort()[", ".argsort(descending=True)["), ("+ 1) // 2", ") // 2")],
     "asam": [("rho * t * over", "rho * over"), ("p.grad = None", "pass"),
-             ("norm = joint_norm(Tg)", "norm = joint_norm(gradients(th))"),
+             ("norm = joint_norm(Tg)", "norm = joint_norm(grads_of(th))"),
              ("with inplace(model):", "if True:")],
     "yes_no": [('("no", "yes")', '("yes", "no")'), ("isinstance(r.get(\"answer\"), bool)", "r"),
                ("}?\\n", "}\\n")]}

@@ -2,9 +2,10 @@
 derivations say.
 
 The tables are derived from autograd: lfu_step runs on a small model whose layers 1 and 2 of 4 are
-compared, and every call of its `backward` notes whose `.grad` changed. The derivations are checked
-in float64, mostly by how a quantity grows with alpha.
+compared, and every call of its `backward_into` notes whose `.grad` changed. The derivations are
+checked in float64, mostly by how a quantity grows with alpha.
 """
+import contextlib
 from pathlib import Path
 import re
 
@@ -24,38 +25,54 @@ pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "method.md"
 COLUMNS = ("l_SFT", "g of Eq 2", "l_cons")
-ROWS = ("trained weights of blocks 1 and 2", "trained weights of blocks 3 and 4", "trained head",
-        "auxiliary tensors", "frozen weights")
+ROWS = ("trained embedding", "trained head that is the embedding",
+        "trained weights of blocks 1 and 2", "trained weights of blocks 3 and 4",
+        "trained final norm", "trained head", "auxiliary tensors", "auxiliary A", "frozen weights")
 
 
 # ---- the tables of gradient ownership ----
 
-def written(aux):
-    """{row: [cell, cell, cell]} of the page's table under the heading of this kind."""
-    page = PAGE.read_text(encoding="utf-8")
+def written(aux, page):
+    """{row: [cell, cell, cell]} of the page's table under the heading of this kind; None: there is
+    no such heading."""
     section = re.search(rf"^#+ `--aux {aux}`$(.*?)(?=^#|\Z)", page, re.S | re.M)
-    assert section, f"docs/method.md has no heading `--aux {aux}`"
+    if section is None:
+        return None
     lines = [line for line in section[1].splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert tuple(head[1:]) == COLUMNS
     return {row[0]: row[1:] for row in rows}
 
 
-def row_of(name):
-    if name.startswith("lm_head"):
-        return "trained head"
-    block = int(name.split(".")[2])
-    return ROWS[0] if block < 2 else ROWS[1]
+def as_markdown(table):
+    lines = [("tensors", *COLUMNS), ["---"] * 4, *([row, *cells] for row, cells in table.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def derived(aux, monkeypatch, backward=passes.backward):
-    """The same table from what lfu_step does to every tensor of a model with a trained LoRA and a
-    trained head. "-": there are no such tensors."""
-    model, arrived, moved = tiny(), [], []
-    model.lm_head.weight.requires_grad_()
-    rows = {row: [] for row in ROWS}
+def row_of(name, tied):
+    if "embed_tokens" in name:
+        return ROWS[1] if tied else ROWS[0]
+    if "layers" in name:
+        return ROWS[2] if int(name.split(".")[2]) < 2 else ROWS[3]
+    return "trained head" if "lm_head" in name else "trained final norm"
+
+
+def derived(aux, monkeypatch, backward=passes.backward_into, layers=(1, 2)):
+    """The same table from what lfu_step does to every tensor of two models: one with a trained
+    LoRA, embedding, final norm and head; of one whose head is the embedding that row alone. The
+    ascent is offered the A of an auxiliary LoRA as well."""
+    tied = one_table(tiny("tied"), True, aux, monkeypatch, backward, layers)
+    model = tiny()
     for name, p in model.named_parameters():
-        rows[row_of(name) if p.requires_grad else "frozen weights"].append(p)
+        p.requires_grad_(p.requires_grad or not name.startswith("model.layers"))
+    found = one_table(model, False, aux, monkeypatch, backward, layers)
+    return {row: found.get(row) or tied[row] for row in ROWS if row in found or row == ROWS[1]}
+
+
+def one_table(model, tied, aux, monkeypatch, backward, layers):
+    arrived, moved, rows = [], [], {row: [] for row in ROWS}
+    for name, p in model.named_parameters():
+        rows[row_of(name, tied) if p.requires_grad else "frozen weights"].append(p)
 
     def noted(loss, th, th_aux=(), loss_scale=1.0):
         own = {id(p) for p in passes.trained(model)}
@@ -67,52 +84,58 @@ def derived(aux, monkeypatch, backward=passes.backward):
         arrived.append(got & own if not arrived else got)  # what th_aux gets first is Eq 2's g
         return norm
 
+    @contextlib.contextmanager
     def attached(model, generator):
-        kind = AUXILIARIES[aux](model, generator)
-
-        class Kind:
-            def __enter__(self):
-                th_aux = kind.__enter__()
-                own = {id(p) for p in model.parameters()}
-                rows["auxiliary tensors"] += [t for t in th_aux if id(t) not in own]
-                return th_aux
-
-            def __exit__(self, *error):
-                return kind.__exit__(*error)
-        return Kind()
+        own = {id(p) for p in model.parameters()}
+        with AUXILIARIES[aux](model, generator) as th_aux:
+            rows["auxiliary tensors"] += [t for t in th_aux if id(t) not in own]
+            rows["auxiliary A"] += [m.aux_A.requires_grad_() for m in model.modules()
+                                    if getattr(m, "aux_A", None) is not None]
+            yield [*th_aux, *rows["auxiliary A"]]
 
     def move(th_aux, g, alpha, model, batch):
         before = [t.detach().clone() for t in th_aux]
         norm = ascend(th_aux, g, alpha)
         moved.append({id(t) for t, old in zip(th_aux, before) if not torch.equal(t, old)})
         return norm
-    monkeypatch.setattr(lfu, "backward", noted)
-    batch = passes.make_batch(*tiny_batch(), generator=torch.Generator().manual_seed(7))
-    lfu_step(model, batch, attached, layers=[1, 2], move=move)
+    with monkeypatch.context() as patch:
+        patch.setattr(lfu, "backward_into", noted)
+        batch = passes.make_batch(*tiny_batch(), generator=torch.Generator().manual_seed(7))
+        lfu_step(model, batch, attached, layers=list(layers), move=move)
     (of_sft, of_cons), (by_g,) = arrived, moved
 
     def cell(tensors, hit):
-        answers = {"yes" if id(t) in hit else "no" for t in tensors}
-        return " and ".join(sorted(answers)) or "-"
+        return " and ".join(sorted({"yes" if id(t) in hit else "no" for t in tensors}))
     return {row: [cell(tensors, hit) for hit in (of_sft, by_g, of_cons)]
-            for row, tensors in rows.items()}
+            for row, tensors in rows.items() if tensors}
 
 
-@pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("aux", AUXILIARIES)
-def test_the_table_of_ownership_is_what_autograd_says(aux, row, monkeypatch):
-    page, found = written(aux), derived(aux, monkeypatch)
-    assert page.keys() == found.keys()
-    for column, says, is_so in zip(COLUMNS, page[row], found[row], strict=True):
-        assert says == is_so, f"--aux {aux}, {row}, {column}: the page says {says}, it is {is_so}"
+def test_the_table_of_ownership_is_what_autograd_says(aux, monkeypatch):
+    found = derived(aux, monkeypatch)
+    assert written(aux, PAGE.read_text(encoding="utf-8")) == found, (
+        f"docs/method.md should have, under a heading `--aux {aux}`,\n\n{as_markdown(found)}\n")
 
 
-def test_planted_mistake_in_ownership_is_seen(monkeypatch):
-    """A second backward without `inputs`: the auxiliary tensors would learn from l_cons."""
+def test_up_to_the_last_layer_all_but_an_untied_head_learns_from_l_cons(monkeypatch):
+    found = derived("reps", monkeypatch, layers=(1, 2, 3, 4))
+    assert {row for row, (_, _, cons) in found.items() if cons == "yes"} == set(ROWS[:5])
+
+
+def test_planted_mistakes_in_ownership_are_seen(monkeypatch):
+    """A second backward without `inputs`: the auxiliary tensors would learn from l_cons. And any
+    cell of the page that says the other thing."""
     def everywhere(loss, th, th_aux=(), loss_scale=1.0):
         loss.backward()
         return torch.zeros(())
-    assert derived("reps", monkeypatch, everywhere) != written("reps")
+    page, found = PAGE.read_text(encoding="utf-8"), derived("lora", monkeypatch)
+    assert derived("lora", monkeypatch, everywhere) != found == written("lora", page)
+    for row, cells in found.items():
+        for i, cell in enumerate(cells):
+            other = [*cells[:i], "no" if cell == "yes" else "yes", *cells[i + 1:]]
+            wrong = page.replace(as_markdown({row: cells}).splitlines()[2],
+                                 as_markdown({row: other}).splitlines()[2])
+            assert written("lora", wrong) != found
 
 
 # ---- two passes ----
@@ -121,6 +144,26 @@ def test_a_model_with_dropout_is_refused():
     """Its two passes would draw two masks."""
     with pytest.raises(ValueError, match="attention_dropout"):
         parse_config({**TINY, "attention_dropout": 0.1})
+
+
+@pytest.mark.parametrize("disturbed", [None, "dropout", "other weights"])
+def test_two_passes_through_two_models_differ_without_any_ascent(disturbed):
+    """At alpha 0 h' is h, but for dropout, whose passes draw two masks, or where something moves
+    the trained weights between the passes."""
+    model = tiny("full")
+
+    def move(th_aux, g, alpha, model, batch):
+        if disturbed == "other weights":
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight.add_(0.01)
+        return ascend(th_aux, g, alpha)
+    if disturbed == "dropout":
+        torch.manual_seed(0)
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda mlp, x, out: torch.nn.functional.dropout(out, 0.1))
+    batch = passes.make_batch(*tiny_batch())
+    found = lfu_step(model, batch, AUXILIARIES["reps"], alpha=0.0, move=move)["consistency"]
+    assert (found > 0) == (disturbed is not None)
 
 
 # ---- the derivations ----

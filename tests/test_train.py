@@ -422,6 +422,12 @@ def test_the_loss_scale_grows_back_after_1000_good_steps(monkeypatch):
         scales_of(set(range(1, 30)), 30)  # but not where every step overflows
 
 
+@pytest.mark.parametrize("step, movement, warns", [
+    (1, [0.01, 0.31], True), (1, [0.01, 0.29], False), (2, [0.5], False), (1, [], False)])
+def test_a_first_step_that_moves_a_layer_too_far_is_said(step, movement, warns):
+    assert ("another model" in log.warning({"step": step, "movement": movement})) == warns
+
+
 def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path, words, monkeypatch):
     """The first gradient is made infinite: nothing is learned in that step, the next one runs at
     half the loss scale."""

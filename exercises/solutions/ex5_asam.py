@@ -1,7 +1,7 @@
 """With B = 0 and A's gradient zero, T is eta on all that moves: SAM's direction, rho * eta long."""
 import torch
 
-from lfu_min.engine.passes import (adds_to_grad, backward, gradients, joint_norm, last_state,
+from lfu_min.engine.passes import (adds_to_grad, backward_into, grads_of, joint_norm, last_state,
                                    over_norm, sft_loss, trained)
 from lfu_min.methods.auxiliaries import inplace
 
@@ -11,14 +11,14 @@ def asam_step(model, batch, rho=0.5, eta=0.01):
     th = trained(model)
     with inplace(model):
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward(sft, th, (), batch.loss_scale)
+        backward_into(sft, th, (), batch.loss_scale)
         with torch.no_grad():
             T = [p.abs() + eta for p in th]
-            Tg = [t * g for t, g in zip(T, gradients(th))]
+            Tg = [t * g for t, g in zip(T, grads_of(th))]
             norm = joint_norm(Tg)
             for p, t, tg in zip(th, T, Tg):
                 p += rho * t * over_norm(tg, norm)
                 p.grad = None  # g has done its work
         moved = sft_loss(model, last_state(model, batch), batch)
-        backward(moved, th, (), batch.loss_scale)
+        backward_into(moved, th, (), batch.loss_scale)
     return dict(sft=sft, loss=moved)

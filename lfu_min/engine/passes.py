@@ -2,7 +2,7 @@
 understand them.
 
 A micro-batch as tensors (Batch), the states that count (states), the head in chunks (sft_loss),
-float16's loss scale (backward), and the bookkeeping of `.grad` (adds_to_grad).
+float16's loss scale (backward_into), and the bookkeeping of `.grad` (adds_to_grad).
 Letters: B batch, T tokens, N supervised positions, D hidden, V vocabulary, L layers.
 Verified in tests/test_lfu.py against the definition written out slowly.
 """
@@ -152,12 +152,12 @@ def over_norm(g, norm):
     return torch.nan_to_num(g / norm, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def gradients(tensors):
+def grads_of(tensors):
     """Their `.grad`, zero where no backward has come by."""
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
 
 
-def backward(loss, th, th_aux=(), loss_scale=1.0):
+def backward_into(loss, th, th_aux=(), loss_scale=1.0):
     """loss.backward() into `.grad` of th and th_aux, and of nothing else. Returns the norm of
     what it added to th (0-d).
 
@@ -187,7 +187,7 @@ def backward(loss, th, th_aux=(), loss_scale=1.0):
 
 
 def _backward_sharded(loss, th, th_aux, loss_scale):
-    """backward where parameters lie in parts: fully_shard knows neither hooks nor inputs."""
+    """backward_into where parameters lie in parts: fully_shard knows neither hooks nor inputs."""
     earlier = [p.grad for p in (*th, *th_aux)]
     for p in (*th, *th_aux):
         p.grad = None

@@ -4,8 +4,7 @@ A kind is a context manager f(model, generator). It attaches leaf tensors that r
 and change nothing yet (zero effect: two passes are enough only then), yields them in a list, and
 takes them off, also after an exception. It draws from `generator` alone, each of its tensors has a
 gradient at the start (else it would never move), none is in half precision, and no module is of
-another type afterwards. A new one: write it, add it to AUXILIARIES, its definition to
-tests/definitions.py and its table to docs/method.md; tests run over the dictionary and ask for all.
+another type afterwards. A new one: README.md, "Change it".
 """
 from contextlib import contextmanager
 
@@ -17,22 +16,27 @@ from ..steering import aux_steering
 
 
 @contextmanager
-def inplace(model, generator=None):
-    """The trained weights themselves as th_aux: whatever moved them is undone, bit for bit.
+def put_back(weights):
+    """Trained weights of the model as th_aux: whatever moved them is undone, bit for bit.
 
     Raises ValueError for weights in half precision, which round a step of this size away.
     """
-    th = trained(model)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in th):
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in weights):
         raise ValueError("aux 'inplace' moves weights by less than half precision resolves: "
                          "keep trained weights in float32")
-    before = [p.detach().clone() for p in th]
+    before = [p.detach().clone() for p in weights]
     try:
-        yield th
+        yield weights
     finally:
         with torch.no_grad():
-            for p, old in zip(th, before):
+            for p, old in zip(weights, before):
                 p.copy_(old)
 
 
+def inplace(model, generator=None):
+    """The trained weights themselves."""
+    return put_back(trained(model))
+
+
 AUXILIARIES = {"lora": aux_lora, "reps": aux_steering, "inplace": inplace}
+IN_PLACE = {"inplace"}  # those that move weights of the model itself: not with --shard, say

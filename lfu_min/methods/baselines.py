@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..engine import passes
-from ..engine.passes import (adds_to_grad, backward, gradients, last_state, sft_loss, states,
+from ..engine.passes import (adds_to_grad, backward_into, grads_of, last_state, sft_loss, states,
                              trained)
 from ..lfu import ascend, lfu_step, sft_step
 from ..lora import aux_lora
@@ -84,7 +84,7 @@ def neftune_step(model, batch, alpha=5.0, lengths=None, padded=False):
     """
     with added_to_embedding(model, embedding_noise(model, batch, alpha, lengths, padded)):
         sft = sft_loss(model, last_state(model, batch), batch)
-    return dict(sft=sft, sft_grad_norm=backward(sft, trained(model), (), batch.loss_scale))
+    return dict(sft=sft, sft_grad_norm=backward_into(sft, trained(model), (), batch.loss_scale))
 
 
 # ---- Instruction modelling: every token is trained ----
@@ -132,7 +132,7 @@ def gem_step(model, batch, beta=0.7, h="logsigmoid"):
     sums = [checkpoint(gem_sums, model, last, y, beta, h, use_reentrant=False,
                        preserve_rng_state=False) for last, y in chunks]
     gem, sft = (sum(terms) / batch.divisor for terms in zip(*sums))
-    backward(gem, trained(model), (), batch.loss_scale)
+    backward_into(gem, trained(model), (), batch.loss_scale)
     return dict(sft=sft, loss=gem)
 
 
@@ -149,12 +149,12 @@ def sam_step(model, batch, rho=0.05):
     th = trained(model)
     with inplace(model):
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward(sft, th, (), batch.loss_scale)
-        g_norm = ascend(th, gradients(th), rho)
+        backward_into(sft, th, (), batch.loss_scale)
+        g_norm = ascend(th, grads_of(th), rho)
         for p in th:
             p.grad = None  # g has done its work: it is no part of the sum
         moved = sft_loss(model, last_state(model, batch), batch)
-        moved_norm = backward(moved, th, (), batch.loss_scale)
+        moved_norm = backward_into(moved, th, (), batch.loss_scale)
     return dict(sft=sft, loss=moved, ascent_norm=g_norm, sft_grad_norm=moved_norm)
 
 
@@ -187,7 +187,7 @@ def smaller_states(model, batch, lam, size):
     sft = sft_loss(model, h[-1], batch)
     penalty = torch.stack([size(x) for x in h[1:]]).mean()
     loss = sft + lam * penalty
-    backward(loss, trained(model), (), batch.loss_scale)
+    backward_into(loss, trained(model), (), batch.loss_scale)
     return dict(sft=sft, loss=loss, penalty=penalty)
 
 
@@ -211,11 +211,11 @@ def attached_step(model, batch, lam=5.0, alpha=0.1):
     own = states(model, batch)
     with aux_lora(model, batch.generator) as th_aux:
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward(sft, th, th_aux, batch.loss_scale)
-        g_norm = ascend(th_aux, gradients(th_aux), alpha)
+        backward_into(sft, th, th_aux, batch.loss_scale)
+        g_norm = ascend(th_aux, grads_of(th_aux), alpha)
         h_aux = states(model, batch)
         terms = torch.stack([F.mse_loss(b, a) for a, b in zip(own[1:], h_aux[1:])])
-        backward(lam * terms.mean(), th, (), batch.loss_scale)
+        backward_into(lam * terms.mean(), th, (), batch.loss_scale)
     return dict(sft=sft, loss=sft + lam * terms.mean(), ascent_norm=g_norm,
                 consistency=terms.mean())
 

@@ -2,6 +2,7 @@
 
     python -m lfu_min.teach.explain                               the bundled model
     python -m lfu_min.teach.explain --model DIR --data FILE       any other
+    python -m lfu_min.teach.explain --kinds 4                     the numbers to watch, by kind
 
 The step is lfu.lfu_step itself. Two of its parts take notes while it runs: a move that looks at the
 model before and after Eq 2, and a distance that keeps h and h'. Batch, trained LoRA and auxiliary
@@ -13,7 +14,7 @@ import torch
 
 from ..engine import system
 from ..engine.distributed import Team
-from ..engine.passes import gradients, joint_norm, last_state, sft_loss, states, trained
+from ..engine.passes import grads_of, joint_norm, last_state, sft_loss, states, trained
 from ..files import data
 from ..files.checkpoint import load_config, load_model
 from ..files.tokenizer import check_fit, load_tokenizer
@@ -44,14 +45,20 @@ def parser():
     p.add_argument("--alpha", type=float, help="length of the ascent step [0.1]")
     p.add_argument("--seed", type=int, help="[42]")
     p.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    p.add_argument("--kinds", type=int, metavar="N", help="no story, but the numbers to watch, for "
+                   "every --aux, over the first N batches")
     return p
 
 
 def prepare(argv=None):
-    """(settings, model with its LoRA, tokenizer, batch) as train.py begins with them. ValueError on
-    bad input."""
-    parser().parse_args(argv)  # of train.py's flags, only those that matter here
-    s = get_settings(argv)
+    """(settings, model with its LoRA, tokenizer, batches: the first, or --kinds of them) as
+    train.py begins with them. ValueError on bad input."""
+    own = parser().parse_args(argv)  # of train.py's flags, only those that matter here
+    kinds = vars(own).pop("kinds")
+    if kinds is not None and kinds < 1:
+        raise ValueError(f"--kinds {kinds} should be at least 1")
+    s = get_settings([f"--{name.replace('_', '-')}={value}" for name, value in vars(own).items()
+                      if value is not None])
     for name in ("lam", "alpha"):
         if getattr(s, name) == 0:
             raise ValueError(f"--{name} 0 is plain SFT: there is nothing to compare")
@@ -62,9 +69,10 @@ def prepare(argv=None):
     examples, _ = data.load_dataset(s.data, tokenizer, s.template, s.max_len)
     model = load_model(s.model, device, torch.float32)
     add_lora(model, s.r, s.lora_alpha, generator=torch.Generator().manual_seed(s.seed))
-    s.per_step = s.batch_size
-    plan = plan_step(s, examples, 1, Team(0, 1, device), tokenizer.eos_id)
-    return s, model, tokenizer, plan.batches[0]
+    s.per_step, s.kinds = s.batch_size, kinds
+    return s, model, tokenizer, [
+        plan_step(s, examples, step, Team(0, 1, device), tokenizer.eos_id).batches[0]
+        for step in range(1, (kinds or 1) + 1)]
 
 
 # ---- what is seen in a step ----
@@ -93,7 +101,7 @@ def observe(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1):
 
     def move(th_aux, g, alpha, model, batch):
         seen.update(th_aux=size(th_aux), sft_attached=sft_now(model, batch),
-                    sft_gradient=[t.clone() for t in gradients(th)])
+                    sft_gradient=[t.clone() for t in grads_of(th)])
         start = [t.detach().clone() for t in th_aux]
         half = {name: states_in(*HALF[name], model, batch) for name in HALF}
         norm = ascend(th_aux, g, alpha)                                              # Eq 2
@@ -160,6 +168,18 @@ def cosine(a, b):
     """Of two lists of tensors, each as one long vector."""
     a, b = (torch.cat([t.flatten() for t in tensors]).double() for tensors in (a, b))
     return torch.cosine_similarity(a, b, dim=0)
+
+
+def watched(model, batches, lam, alpha):
+    """{kind: {name: (batches,) or (batches, layers)}}, of lfu_step's numbers those to watch. The
+    model is not trained in between."""
+    found = {}
+    for aux, kind in AUXILIARIES.items():
+        steps = [lfu_step(model, batch, kind, lam, alpha) for batch in batches]
+        found[aux] = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        norms = [found[aux][name] for name in ("consistency_grad_norm", "sft_grad_norm")]
+        found[aux]["share"] = norms[0] / sum(norms)
+    return found
 
 
 # ---- told ----
@@ -250,6 +270,19 @@ def half_precision(seen):
                       f"layer{heads}", *lines])
 
 
+def by_kind(found):
+    """What `watched` found as a table; a - b is the smallest and the largest value."""
+    shown = {"||g||": ("ascent_norm", ".3f"), "l_cons": ("consistency", ".1e"),
+             "movement": ("movement", ".2%"), "share": ("share", ".0%"),
+             "cosine": ("gradient_cosine", ".2f")}
+    lines = [f"{'--aux':12}" + "".join(f"{head:>19}" for head in shown)]
+    for aux, values in found.items():
+        cells = [f"{values[name].min():{form}} - {values[name].max():{form}}"
+                 for name, form in shown.values()]
+        lines.append(f"{aux:12}" + "".join(f"{cell:>19}" for cell in cells))
+    return "\n".join(lines)
+
+
 def story(tokenizer, batch, seen):
     """The whole step as text."""
     return "\n\n".join([
@@ -264,8 +297,12 @@ def story(tokenizer, batch, seen):
 
 
 def main(argv=None):
-    """Print the story of the first step. Returns what `observe` saw."""
-    s, model, tokenizer, batch = prepare(argv)
+    """Print the story of the first step. Returns what `observe` saw (--kinds: `watched`)."""
+    s, model, tokenizer, (batch, *more) = prepare(argv)
+    if s.kinds:
+        found = watched(model, [batch, *more], s.lam, s.alpha)
+        print(by_kind(found))
+        return found
     seen = observe(model, batch, AUXILIARIES[s.aux], s.lam, s.alpha)
     print(story(tokenizer, batch, seen))
     return seen

@@ -6,7 +6,7 @@ import sys
 from ..bundled import BUNDLED
 from ..engine import system
 from ..files import data, jsons
-from ..methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
+from ..methods import AUXILIARIES, BASELINES, DISTANCES, IN_PLACE, MOVES
 
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama.
 # BUNDLED_MODEL: chosen for the bundled model on its validation split (docs/results.md says how).
@@ -126,14 +126,14 @@ def get_settings(argv=None):
     if s.shard and s.method not in ("lfu", "sft", "prompt"):
         raise ValueError(f"--shard --method {s.method}: its step is not made for models in parts; "
                          "choose lfu, sft or prompt")
-    if s.shard and s.aux == "inplace":
-        raise ValueError("--shard --aux inplace: each process's ascent would move the one model "
+    if s.shard and s.aux in IN_PLACE:
+        raise ValueError(f"--shard --aux {s.aux}: each process's ascent would move the one model "
                          "they share; choose --aux lora or reps")
     if s.shard and s.move not in ("ascent", "descent", "random"):
         raise ValueError(f"--shard --move {s.move}: its third pass is not made for models in parts;"
                          " choose ascent, descent or random")
-    if (s.compare, s.aux, s.tune) == ("logit-kl", "inplace", "full"):
-        raise ValueError("--compare logit-kl --aux inplace --tune full: the head that makes the "
+    if s.compare == "logit-kl" and s.aux in IN_PLACE and s.tune == "full":
+        raise ValueError(f"--compare logit-kl --aux {s.aux} --tune full: the head that makes the "
                          "logits would move itself; choose --tune lora, or --aux lora or reps")
     return s
 
