@@ -194,6 +194,17 @@ def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
     assert text.count("best") >= len(grid.METHODS)
 
 
+def test_the_page_of_tune_names_what_was_chosen_at_an_edge():
+    middle = {name: {"best": settings[4], "frontier": [settings[4]]} for name in grid.METHODS
+              for settings in [grid.settings(name)]}
+    assert report.edges(middle) == []
+    settings = grid.settings("SAM")  # by rho, then by learning rate
+    assert report.edges(middle | {"SAM": {"best": settings[8], "frontier": settings[:3]}}) == [
+        "SAM lr 5e-3", "SAM rho 0.2", "SAM rho 0.02"]
+    assert report.edges(middle | {"SFT": {"best": {"lr": "7e-3"}, "frontier": [{"lr": "1.5e-3"}]}}
+                        ) == ["SFT lr 7e-3"]
+
+
 def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
     assert grid.nearest(0.02, {"a": 0.009, "b": 0.05, "c": 0.041}) == "c", "nearest as a ratio"
     scale = {"LfU-lora": 1.0, "LfU-reps": 0.1, "LfU-inplace": 10.0}

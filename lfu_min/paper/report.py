@@ -42,7 +42,23 @@ def tuning(found, chosen, by, rows):
         f"problems, {grid.EPOCHS} epochs of {grid.BATCH}. Grid and rule: `paper/grid.py: choose`.",
         *command("python -m lfu_min.paper.reproduce tune"), "",
         table(["method", "setting", "word problems (%)", "other categories (%)", "chosen"], lines),
-        ""])
+        "", "At an edge of the grid, so that a better value may lie outside: " +
+        "; ".join(edges(chosen)) + ".", ""])
+
+
+def edges(chosen):
+    """["SFT lr 7e-3", ...]: what was chosen and is the smallest or largest value of the grid."""
+    found = []
+    for name, method in grid.METHODS.items():
+        best, frontier = chosen[name]["best"], grid.strength(name, chosen[name]["frontier"][0])
+        rates = grid.RATES if method.strength else grid.NINE_RATES
+        if best["lr"] in (rates[0], rates[-1]):
+            found.append(f"{name} lr {best['lr']}")
+        ends = {method.values[0], method.values[-1]} if method.strength else set()
+        for value in dict.fromkeys((grid.strength(name, best), frontier)):
+            if value in ends:
+                found.append(f"{name} {method.strength} {value}")
+    return found
 
 
 def alphas(lines, target):
