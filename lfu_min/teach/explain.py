@@ -267,7 +267,7 @@ def main(argv=None):
     """Print the story of the first step. Returns what `observe` saw."""
     s, model, tokenizer, batch = prepare(argv)
     seen = observe(model, batch, AUXILIARIES[s.aux], s.lam, s.alpha)
-    print(story(tokenizer, batch, seen))
+    print(system.on_screen(story(tokenizer, batch, seen)))
     return seen
 
 
