@@ -108,7 +108,7 @@ def test_other_eval_data_at_resume_are_taken_said_and_recorded(tmp_path, words, 
     assert said in capsys.readouterr().out and len(evals(records)) == 4
     settings = json.loads((out / "settings.json").read_text())
     again, = settings["resumed"]
-    assert again["eval_data_sha256"] != settings["eval_data_sha256"]
+    assert again["after_step"] == 1 and again["eval_data_sha256"] != settings["eval_data_sha256"]
     train.main(["--verify", str(out)])  # no part of what the run is made of
 
 
