@@ -217,11 +217,26 @@ def main(argv=None):
     print(f"base {base}  device {device}  dtype {s.dtype}  template "
           f"{', '.join(sorted(set(templates.values())))}  torch {torch.__version__}", flush=True)
     loaded = models.each_model(base, runs, device, dtype)
-    panels, examples = measure(s, todo, loaded, tokenizer, templates)
+    panels, examples = {step.panel: {} for step in todo}, {}
+
+    def write(table, finished):
+        jsons.write_json(s.json, dict(
+            finished=finished, results=flat(table), runs={run.name: run.settings for run in runs},
+            settings={**vars(s), "base": base, "templates": templates, **system.environment()},
+            examples=[dict(run=run, task=task, outputs=rows) for run, by_task in examples.items()
+                      for task, rows in by_task.items()]))
+
+    try:
+        for _ in measure(s, todo, loaded, tokenizer, templates, panels, examples):
+            if s.json:  # what is done outlives whatever ends this
+                write(by_run(panels, runs), finished=False)
+    except BaseException:
+        if done := by_run(panels, runs):
+            print(f"\nnot finished; so far:\n{tables.text(done)}", flush=True)
+        raise
     if "noise" in panels:
         robustness.add_differences(panels["noise"], examples, runs)
-    by_run = {run.name: [r for panel in panels.values() for r in panel[run.name]] for run in runs}
-    table = tables.over_seeds(by_run, columns)
+    table = tables.over_seeds(by_run(panels, runs), columns)
     compared = todo[0].label == "bundled world" and len(runs) > 1
     if compared:
         categories.add_ranks(table)
@@ -229,23 +244,30 @@ def main(argv=None):
     if compared:
         print("\n" + tables.verdict(examples, runs))
     print(f"({system.duration(time.time() - started)})")
-    flat = [dict(run=name, **r._asdict()) for name, results in table.items() for r in results]
     if s.json:
-        jsons.write_json(s.json, dict(
-            results=flat, runs={run.name: run.settings for run in runs},
-            settings={**vars(s), "base": base, "templates": templates, **system.environment()},
-            examples=[dict(run=run, task=task, outputs=rows) for run, by_task in examples.items()
-                      for task, rows in by_task.items()]))
+        write(table, finished=True)
         print(f"wrote {s.json}")
     if s.plot:
         pictures.results(s.plot, panels, columns)
         print(f"wrote {s.plot} and {Path(s.plot).with_suffix('.pdf')}")
-    return flat
+    return flat(table)
 
 
-def measure(s, todo, loaded, tokenizer, templates):
-    """({panel: {run: results}}, {run: {task: rows}}); loaded: yields (run, model)."""
-    panels, examples = {step.panel: {} for step in todo}, {}
+def by_run(panels, runs):
+    """{run's name: results} of what has been measured."""
+    found = {run.name: [r for panel in panels.values() for r in panel.get(run.name, [])]
+             for run in runs}
+    return {name: results for name, results in found.items() if results}
+
+
+def flat(table):
+    """{column: results} as a list of dictionaries."""
+    return [dict(run=name, **r._asdict()) for name, results in table.items() for r in results]
+
+
+def measure(s, todo, loaded, tokenizer, templates, panels, examples):
+    """Fills in panels, {panel: {run: results}}, and examples, {run: {task: rows}}; yields after
+    each step with each model. loaded: yields (run, model)."""
     for run, model in loaded:
         check_fit(tokenizer, model.config, run.name)
         examples[run.name] = {}
@@ -260,7 +282,8 @@ def measure(s, todo, loaded, tokenizer, templates):
                 raise ValueError(f"{run.name}, {step.label}: {error}") from None
             panels[step.panel].setdefault(run.name, []).extend(results)
             examples[run.name].update(rows)
-    return panels, examples
+            yield
+        del model  # before the next one is loaded
 
 
 def show_answers(s, base, runs, device, dtype, tokenizer, templates):
@@ -274,7 +297,8 @@ def show_answers(s, base, runs, device, dtype, tokenizer, templates):
                      top_p=s.top_p)[0].strip()
 
     def show(name, text, width=max(len(run.name) for run in runs)):
-        print(f"  {name:{width}}  " + text.replace("\n", "\n" + " " * (width + 4)), flush=True)
+        text = system.on_screen(text).replace("\n", "\n" + " " * (width + 4))
+        print(f"  {name:{width}}  {text}", flush=True)
 
     if s.prompt:
         answers = {run.name: [answer(run, model, text) for text in s.prompt]
@@ -287,9 +311,8 @@ def show_answers(s, base, runs, device, dtype, tokenizer, templates):
                 show(name, said)
         return found
     loaded = [next(models.each_model(base, [run], device, dtype)) for run in runs]
-    print("Ask, one line a question (each is answered on its own); an empty line or Ctrl-D ends.",
-          flush=True)
-    while line := sys.stdin.readline().strip():
+    print("Ask, one line a question (each is answered on its own); Ctrl-D ends.", flush=True)
+    for line in filter(None, map(str.strip, sys.stdin)):
         for run, model in loaded:
             show(run.name, answer(run, model, line))
     return []

@@ -27,6 +27,7 @@ from lfu_min.training import folder, log
 from lfu_min.training.checkpoints import Checkpoints
 from lfu_min.training.loop import LossScale, learning_rate, plan_step, step_or_skip
 from lfu_min.training.settings import get_settings, strengths
+from lfu_min.training.validation import Validation
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then a cosine to 0
 CLIP = 1.0  # largest norm of the gradient
@@ -50,6 +51,7 @@ def main(argv=None):
     config, tokenizer = load_config(s.model), load_tokenizer(s.model)
     layers = parse_layers(s.layers, config.num_hidden_layers)
     examples, dropped = load_examples(s, config, tokenizer)
+    validation = Validation(s, tokenizer, team)
     model = load(s, team.device, dtype)
 
     s.per_step = s.batch_size * s.accumulate * team.world  # examples an optimizer step
@@ -59,13 +61,15 @@ def main(argv=None):
     runs_model = team.rank == 0 or s.shard  # a sharded model runs in all processes or in none
     if team.rank == 0:
         log.describe(s, model, examples, dropped, tokenizer, team.device)
+        validation.describe()
     if runs_model:
         before = log.answers(model, tokenizer, asked, s.template)
     if team.rank == 0:
         out = folder.begin(s, team.device, examples=len(examples), dropped=dropped)
     with folder.locked(out), system.stop_signals() as stop:
-        records = train(s, model, examples, layers, tokenizer.eos_id, out, team, stop)
-        save(s, model, out)
+        train(s, model, examples, layers, tokenizer.eos_id, out, team, stop, validation)
+        with folder.last_words(out):
+            save(s, model, out)
     if runs_model:
         after = log.answers(model, tokenizer, asked, s.template)
     distributed.leave()
@@ -75,7 +79,7 @@ def main(argv=None):
         peak = system.peak_memory_mib(team.device)
         print(f"\nsaved {out}  ({system.duration(time.time() - started)}"
               + (f", peak memory {peak:.0f} MiB" if peak else "") + ")")
-    return out, records
+    return out, log.read(out, s.steps)[0] if out else []
 
 
 def load_examples(s, config, tokenizer):
@@ -104,16 +108,18 @@ def load(s, device, dtype):
     return model
 
 
-def train(s, model, examples, layers, pad_id, out, team, stop):
-    """The loop: one optimizer step a turn. Returns the log, which process 0 also writes. After a
-    signal (stop, see system.stop_signals) it saves a checkpoint and exits."""
+def train(s, model, examples, layers, pad_id, out, team, stop, validation):
+    """The loop: one optimizer step a turn, of which process 0 writes the log. After a signal (stop,
+    see system.stop_signals) it saves a checkpoint and exits."""
     th = trained(model)
     fused = team.device.type == "cuda" or None
     optimizer = torch.optim.AdamW(th, lr=s.lr, weight_decay=0.0, fused=fused)
     scale = LossScale(TOKEN_SCALE if s.dtype == "fp16" else None)
     checkpoints = Checkpoints(s, out, team, model, optimizer, scale, stop)
-    records = checkpoints.restore()  # [], or with --resume the steps that are done
-    first, started = len(records) + 1, time.time() - sum(r["ms"] for r in records) / 1000
+    first, seconds = checkpoints.restore()  # 1, or with --resume what follows what is done
+    if first == 1:
+        validation.begin(model)
+    started = time.time() - seconds
     for step in range(first, s.steps + 1):
         tic = time.perf_counter()
         plan = plan_step(s, examples, step, team, pad_id, scale.value)
@@ -136,13 +142,12 @@ def train(s, model, examples, layers, pad_id, out, team, stop):
                                loss_scale=scale.value, target_tokens=plan.targets)
         step_or_skip(optimizer, record, scale, plan, results)
         record["ms"] = 1000 * (time.perf_counter() - tic)
-        records.append(record)
+        validation.after(model, record)
         if team.rank == 0:
             log.write(out, record)
             if step in (first, s.steps) or step % max(1, s.steps // 20) == 0:
                 print(log.step_line(record, s.steps, started), flush=True)
         checkpoints.after(step)
-    return records
 
 
 def save(s, model, out):

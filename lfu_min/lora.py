@@ -72,9 +72,9 @@ def lora_modules(model):
 
 def check_rank(r, lora_alpha):
     numbers = type(r) is int and isinstance(lora_alpha, (int, float))
-    if not numbers or not 0 < r < 2**28 or not 0 < lora_alpha < 1e30:
+    if not numbers or not 0 < r < 2**16 or not 0 < lora_alpha < 1e30:
         raise ValueError(f"r = {r!r:.40}, lora_alpha = {lora_alpha!r:.40}: both must be positive "
-                         "numbers, r a whole one")
+                         "numbers, r a whole one below 65,536")
 
 
 def replace_module(model, name, module):

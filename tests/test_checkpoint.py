@@ -9,6 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,6 +21,8 @@ import torch
 
 from conftest import (difference, LLAMA3_ROPE, quiet_transformers, random_ids, TINY, tiny,
                       tiny_model, transformers_twin)
+import train
+from lfu_min.bundled import BUNDLED
 from lfu_min.files import checkpoint
 from lfu_min.files.adapter import export_merged, load_adapter, save_adapter
 from lfu_min.files.checkpoint import (config_to_dict, load_config, load_model, parse_config,
@@ -663,3 +666,26 @@ def test_an_export_is_float32_unless_half_precision_is_asked_for(tmp_path):
         assert least <= ((delta - exact).norm() / exact.norm()).item() <= most
     export_merged(model, tmp_path / "base", tmp_path / "default")
     assert load_model(tmp_path / "default").lm_head.weight.dtype == torch.float32
+
+
+def test_a_link_out_of_the_models_folder_is_not_copied_with_it(tmp_path):
+    """A folder from elsewhere may point to a file of one's own; Hugging Face's cache links to
+    ../../blobs, which is as it should be."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1a2b", tmp_path / "hub" / "blobs"
+    shutil.copytree(BUNDLED, snapshot)
+    blobs.mkdir()
+    (snapshot / "tokenizer.json").rename(blobs / "77")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/77")
+    (snapshot / "vocab.json").symlink_to("tokenizer_config.json")
+    model = load_model(snapshot)
+    save_model(model, tmp_path / "one", snapshot)
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (blobs / "77").read_bytes()
+    (tmp_path / "secret").write_text("mine")
+    (snapshot / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="chat_template.jinja is a link to .*secret, out of the"):
+        save_model(model, tmp_path / "two", snapshot)
+    assert not (tmp_path / "two").exists()
+    flags = ["--model", str(snapshot), "--data", str(BUNDLED / "data" / "comply_train.jsonl")]
+    with pytest.raises(ValueError, match="is a link to"):  # not after the training
+        train.main([*flags, "--tune", "full", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

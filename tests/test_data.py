@@ -3,20 +3,23 @@ kind of bad file gets one clear line; a file is written whole or not at all. The
 the alphabet (one id a character, "\\n\\n" is one), so ids can be spelled by hand.
 """
 
-import hashlib
 import json
 import math
 import os
 from pathlib import Path
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from lfu_min.files.data import (Example, batch_order, collate, data_hash, encode_example,
-                                load_dataset, prompt_ids, read_examples)
+from lfu_min.bundled import BUNDLED
+from lfu_min.engine.system import ROOT
+from lfu_min.files.data import (Example, batch_order, collate, encode_example, load_dataset,
+                                prompt_ids, read_examples)
 from lfu_min.files.jsons import (finite, parse_json, read_json, read_records, read_text, write_json,
                                  written_aside)
 from lfu_min.files.tokenizer import load_tokenizer
@@ -94,10 +97,12 @@ def test_alpaca_template_is_tokenised_piece_by_piece():
 
 
 def test_long_examples_are_dropped_and_counted_never_cut(tmp_path):
-    path = write(tmp_path, lines(QA, QA | {"answer": "4" * 50}, QA))
+    path = write(tmp_path, lines(QA, QA | {"answer": "4" * 50}, QA | {"answer": "5"}))
     length = len("Question: 2+2?\nAnswer: 4") + 1  # + EOS
     kept, dropped = load_dataset(path, Letters(), max_len=length)
-    assert dropped == 1 and kept == [encode_example(Letters(), Example("2+2?", "4"))] * 2
+    assert dropped == 1 and len(kept) == 2
+    for (ids, labels), answer in zip(kept, "45"):
+        assert (list(ids), list(labels)) == encode_example(Letters(), Example("2+2?", answer))
     assert kept.numbers == [1, 3]
     message = (f"none of the 3 examples fits into max_len {length - 1}; "
                f"the shortest has {length} tokens")
@@ -124,29 +129,44 @@ def test_batch_order_covers_every_epoch_and_depends_on_seed_and_step_alone():
     assert batch_order(3, 8, seed=0, step=1) != [] and len(batch_order(3, 8, seed=0, step=1)) == 3
 
 
-def test_grouping_by_length_sorts_within_windows_and_keeps_every_example():
-    n, size = 150, 4
-    lengths = np.random.default_rng(0).integers(10, 200, n)
-    def epoch(seed, of=0, lengths=lengths):
-        return [batch_order(n, size, seed, of * 38 + step, lengths) for step in range(38)]
-    def padding(batches):  # tokens a batch holds beyond those of its examples
-        return sum(max(lengths[b]) * len(b) - sum(lengths[b]) for b in batches)
-    batches = epoch(3)
-    assert [len(b) for b in batches] == [4] * 37 + [2]
-    assert sorted(sum(batches, [])) == list(range(n))
-    assert padding(batches) < 0.3 * padding(epoch(3, lengths=None))
-    plain = sum(epoch(3, lengths=None), [])
-    # a window is 16 batches of the ordinary order
-    assert set(sum(batches[:16], [])) == set(plain[:64])
-    means = [np.mean(lengths[b]) for b in batches[:16]]
-    assert means != sorted(means) and epoch(3) == batches
-    assert epoch(4) != batches and epoch(3, of=1) != batches
+READ = """
+import sys
+import torch
+from lfu_min.bundled import BUNDLED
+from lfu_min.engine.system import peak_memory_mib
+from lfu_min.files import data
+from lfu_min.files.tokenizer import load_tokenizer
+if sys.argv[2] == "lists":  # the planted mistake
+    data.array = lambda kind, numbers: list(numbers)
+tokenizer, cpu = load_tokenizer(BUNDLED), torch.device("cpu")
+tokenizer.encode("warm")
+before = peak_memory_mib(cpu)
+kept, _ = data.load_dataset(sys.argv[1], tokenizer)
+print(peak_memory_mib(cpu) - before, sum(len(ids) for ids, _ in kept), len(kept))
+"""
 
 
-def test_data_hash(tmp_path):
-    assert data_hash(write(tmp_path, b"abc")) == hashlib.sha256(b"abc").hexdigest()
-    with pytest.raises(ValueError, match="nothing.jsonl cannot be read: No such file"):
-        data_hash(tmp_path / "nothing.jsonl")
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_a_large_file_takes_few_bytes_a_token(tmp_path, form):
+    """LFU_DATA_MB megabytes (10) of invented word problems: eight bytes a token, ids and labels,
+    and the texts; Python's lists would take five times as much. A .json list is parsed at once, so
+    its objects are in memory as well."""
+    source = (BUNDLED / "data" / "word_problems_train.jsonl").read_text().splitlines()
+    megabytes = float(os.environ.get("LFU_DATA_MB", "10"))
+    rows = source * round(megabytes * 1e6 / sum(len(line) + 1 for line in source))
+    text = "\n".join(rows) if form == "jsonl" else "[" + ",\n".join(rows) + "]"
+    path = write(tmp_path, text, f"data.{form}")
+    used = {}
+    for kind in ("arrays", "lists"):
+        done = subprocess.run([sys.executable, "-c", READ, str(path), kind], capture_output=True,
+                              text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        mib, tokens, examples = map(float, done.stdout.split())
+        used[kind] = mib / (path.stat().st_size / 2**20)
+        print(f"{form}, {kind}: {mib:.0f} MiB for {megabytes:g} MB, {tokens:.0f} tokens in "
+              f"{examples:.0f} examples: {used[kind]:.1f} times the file's size")
+    assert examples == len(rows) and used["arrays"] < (5 if form == "jsonl" else 9) < used["lists"]
 
 
 GOOD = json.dumps(QA)

@@ -3,19 +3,23 @@ draws its pictures, and answers bad input with one line and exit status 2 before
 starts. Runs the script's main() on the bundled model with a few examples; how good the model is
 does not matter here.
 """
+import gc
 import importlib.util
 import io
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
 
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
-from lfu_min.scoring import categories, runs as models, tables
+from lfu_min.scoring import categories, runs as models, tables, tasks
 from lfu_min.scoring.measures import Result
 from lfu_min.scoring.runs import Run
 from test_eval_robustness import contents, run  # noqa: F401  (run is a fixture)
@@ -99,8 +103,32 @@ def test_the_verdict_by_hand():
     assert told == [
         "s (SFT): word problems +100.0 ± 0.0 points, other categories -100.0 ± 0.0",
         "l (LfU-reps): word problems +50.0 ± 50.0 points, other categories -87.5 ± 12.5",
-        "LfU against SFT, means over 1 and 1 runs: word problems -50.0 points, other categories "
-        "+12.5: LfU forgets less, but learns less too: which is better depends on the exchange."]
+        "LfU against SFT, means over 1 and 1 runs: word problems -50.0 ± 50.0 points, other "
+        "categories +12.5 ± 12.5 (errors over questions, not over seeds): too small a difference "
+        "to say whether LfU forgets less."]
+
+
+@pytest.mark.parametrize("learned, kept, words", [
+    ((1.0, 2.0), (9.0, 2.0), "LfU forgets less; whether it learns less cannot be said."),
+    ((-5.0, 2.0), (9.0, 2.0), "LfU forgets less, but learns less too: which"),
+    ((5.0, 2.0), (9.0, 2.0), "LfU forgets less, and learns more."),
+    ((1.0, 2.0), (3.0, 2.0), "too small a difference"), ((1.0, 2.0), (-3.0, 2.0), "too small"),
+    ((9.0, 2.0), (-9.0, 2.0), "LfU forgets MORE here.")])
+def test_no_difference_within_two_errors_is_told_as_one(learned, kept, words):
+    results = [Result("t", "gain", *pair, 100) for pair in (learned, kept)]
+    assert tables.in_words(*results).startswith(words)
+
+
+def test_the_verdict_pairs_the_means_of_runs_by_question():
+    """Two runs of each, that answer one question in turns: the means differ nowhere."""
+    cats = dict.fromkeys(categories.CATEGORIES, [dict(match=True)] * 2)
+    turns = [[dict(match=i == j) for j in range(2)] for i in range(2)]
+    examples = {"base": cats | {"word problems": turns[0]}} | {
+        f"{m}{i}": cats | {"word problems": turns[i]} for m in "sl" for i in range(2)}
+    runs = [Run("base")] + [Run(f"{m}{i}", "f", dict(aux=aux, lam=5.0))
+                            for m, aux in (("s", "none"), ("l", "reps")) for i in range(2)]
+    last = tables.verdict(examples, runs).splitlines()[-1]
+    assert "means over 2 and 2 runs: word problems +0.0 ± 0.0 points" in last
 
 
 def test_digits_are_as_many_as_tell_numbers_apart():
@@ -137,6 +165,14 @@ def test_runs_that_differ_in_the_seed_alone_become_one_by_hand():
     assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)
     assert (alone.value, alone.stderr, alone.n) == (0.7, 0.01, 50)
     assert by_run["a"] == [Result("math", "exact_match", 0.2, 0.01, 50)]
+
+
+def test_runs_of_other_numbers_of_processes_are_not_one_setting():
+    """With N processes a step has N times the examples. What measures only does not matter."""
+    runs = [subject("a", seed=1, processes=1), subject("b", seed=2, processes=2),
+            subject("c", seed=3, processes=1, eval_data="x", eval_data_sha256="y")]
+    assert {name: [run.name for run in members] for name, members in models.by_seed(
+        runs).items()} == {"LfU-lora processes 1": ["a", "c"], "LfU-lora processes 2": ["b"]}
 
 
 def test_one_seed_is_not_counted_twice(run, tmp_path):
@@ -250,13 +286,91 @@ def test_answers_side_by_side(run, capsys, monkeypatch):
     shown = script.main([str(run), "--prompt", "What is 3 + 4?", "--max-new-tokens", "5",
                          "--temperature", "0"])
     assert shown[0][0] == "What is 3 + 4?" and set(shown[0][1]) == {"base", str(run)}
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 3 + 4?\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \nWhat is 3 + 4?\n\nWhat is 3 + 4?"))
     capsys.readouterr()
     script.main([str(run), "--chat", "--max-new-tokens", "5", "--temperature", "0"])
     lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) % 2 == 0 and lines[:len(lines) // 2] == lines[len(lines) // 2:]  # both asked
     assert [line.split()[0] for line in lines if line[2:3].strip()][:2] == ["base", str(run)]
     assert lines[0].strip().split(None, 1)[1:] == ([shown[0][1]["base"].splitlines()[0]]
                                                    if shown[0][1]["base"] else [])
+
+
+def test_no_answer_reaches_the_terminal_as_an_escape(run, capsys, monkeypatch):
+    monkeypatch.setattr(script, "reply", lambda *args, **kwargs: ["\x1b[2J\rgone"])
+    script.main([str(run), "--prompt", "Hello"])
+    assert capsys.readouterr().out.count(r"\x1b[2J\x0dgone") == 2
+
+
+# ---- what is finished survives
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt, SystemExit(143), ValueError("no numbers")],
+                         ids=str)
+def test_what_is_done_is_printed_and_written_whatever_ends_it(run, tmp_path, capsys, monkeypatch,
+                                                              ended_by):
+    """Two tasks, two models: it ends in the second model's second task."""
+    honest, calls = tasks.measure, []
+
+    def measure(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ended_by
+        return honest(*args, **kwargs)
+    monkeypatch.setattr(tasks, "measure", measure)
+    (tmp_path / "lambada.jsonl").write_text('{"text": "Ann has the key"}\n')
+    flags = [f"--task=nll={PROBLEMS}", f"--task=lambada={tmp_path / 'lambada.jsonl'}", "--limit",
+             "2", "--json", str(tmp_path / "out.json")]
+    with pytest.raises((KeyboardInterrupt, SystemExit, ValueError)):
+        script.main([str(run), *flags])
+    shown = capsys.readouterr().out.split("not finished; so far:\n")[1].splitlines()
+    cells = {tuple(line.split()[:2]): line.split()[2:] for line in shown}
+    assert "-" not in cells["nll", "nll"] and "-" in cells["lambada", "acc"]
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert not out["finished"] and [(r["run"], r["metric"]) for r in out["results"]] == [
+        ("base", "nll"), ("base", "acc"), ("base", "perplexity"), (str(run), "nll")]
+    assert [len(e["outputs"]) for e in out["examples"]] == [2, 1, 2]
+    script.main([str(run), *flags])
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["finished"] and len(out["results"]) == 6
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_script_with_what_is_done(tmp_path):
+    """The first of two tasks takes a moment, the second one much longer."""
+    many = tmp_path / "many.jsonl"
+    many.write_text(PROBLEMS.read_text() * 50)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "eval.py"), f"--task=nll={PROBLEMS}", f"--task=exact={many}",
+         "--limit", "9000", "--json", str(tmp_path / "out.json")], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not (tmp_path / "out.json").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "not finished; so far:" in out, err
+    assert "Traceback" not in err
+    assert not json.loads((tmp_path / "out.json").read_text())["finished"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+@pytest.mark.slow
+def test_one_full_tuned_run_after_the_other_is_in_memory(run, tmp_path, monkeypatch):
+    """When a model is loaded, the one before it is gone; the base stays."""
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        shutil.copytree(BUNDLED, folder)
+    honest, alive = models.load_model, weakref.WeakSet()
+
+    def load_model(*args):
+        gc.collect()
+        counts.append(len(alive))
+        alive.add(model := honest(*args))
+        return model
+    monkeypatch.setattr(models, "load_model", load_model)
+    counts = []
+    script.main([*map(str, folders), "--model", str(BUNDLED), f"--task=nll={PROBLEMS}",
+                 "--limit", "1"])
+    assert counts == [0, 1, 1, 1]
 
 
 def test_two_runs_of_one_name_are_told_apart():

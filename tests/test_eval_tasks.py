@@ -304,6 +304,13 @@ def test_shots_are_never_the_question_itself():
         assert asked == f"q{i}" and sorted(shots) == [f"q{j} a{j}" for j in range(5) if j != i]
     assert prompts(0) == prompts(0) and len({prompts(seed)[0] for seed in range(9)}) > 1
     assert tasks.with_shots(docs, tasks.Options(), 2, "Ask {question}") == ["Ask q0", "Ask q1"]
+    for shots in (docs, docs[:3] + [tasks.Doc("q4", "other")] * 2, None):  # named, or its own twice
+        twice = docs if shots else docs + docs
+        few = 2 if shots else 8
+        for i, prompt in enumerate(tasks.with_shots(twice, tasks.Options(few, shots))):
+            assert f"q{i % 5} " not in prompt and prompt.endswith(f"\n\nq{i % 5}")
+    with pytest.raises(ValueError, match="few-shot 5: at most 4, as there are"):
+        tasks.with_shots(docs, tasks.Options(5, docs))
 
 
 def test_standard_errors_by_hand():

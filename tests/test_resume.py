@@ -391,6 +391,34 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, words,
     assert not differences(one, two)
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_full_disk_when_the_result_is_saved_is_one_line_and_loses_no_training(tmp_path, words,
+                                                                               tune):
+    """Nothing half written stands under the adapter's or the model's name, and --resume ends the
+    run as if the disk had never been full."""
+    resource = pytest.importorskip("resource", reason="limits the size of files, as a full disk")
+    one, two = tmp_path / "one", tmp_path / "two"
+    start(words, one, "--tune", tune)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest = train.save
+
+    def save(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            honest(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save", save)
+        with pytest.raises(ValueError, match=" cannot be written: ") as error:
+            start(words, two, "--tune", tune, "--save-every", "2")
+    assert "\n" not in str(error.value) and f"train.py --resume {two} goes on" in str(error.value)
+    assert latest(two).name == "step-000004" and not list(two.glob("*.tmp"))
+    assert not list(two.glob("*.safetensors"))
+    resume(two)
+    assert not differences(one, two)
+
+
 @pytest.mark.parametrize("when, file", [("write", "log.jsonl"), ("after", "step-000003")])
 def test_a_folder_that_vanishes_is_one_line(tmp_path, words, monkeypatch, when, file):
     out, owner = tmp_path / "out", log if when == "write" else checkpoints.Checkpoints

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from definitions import definition, total_norm
 import train
 from lfu_min import add_lora, load_adapter, load_model
 from lfu_min.bundled import BUNDLED
+from lfu_min.engine import system
 from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
 from lfu_min.training import log, loop
@@ -262,6 +264,62 @@ def test_long_examples_are_dropped_and_counted(tmp_path, words, capsys, length, 
     assert ("warning  most examples are dropped" in text) == warned == (dropped > kept)
 
 
+def test_control_characters_in_data_and_answers_do_not_reach_the_terminal(tmp_path, capsys,
+                                                                         monkeypatch):
+    """A colour, a cleared screen, a carriage return over what stands there: shown as escapes."""
+    path = tmp_path / "words.jsonl"
+    path.write_text(json.dumps({"question": "a\x1b[2Jb\rc\x07", "answer": "\x1b[31mred\x9b"}))
+    monkeypatch.setattr(log, "generate", lambda model, prompts, **_: [
+        load_tokenizer(BUNDLED).encode("\x1b]0;title\x07")] * len(prompts))
+    run(tmp_path, path, "ansi", "--aux", "none", "--max-steps", "1")
+    shown = capsys.readouterr().out
+    assert r"a\x1b[2Jb\x0dc\x07" in shown and r"\x1b[31mred" in shown
+    assert r"after   \x1b]0;title\x07" in shown
+    assert all(c in "\n\t" or c.isprintable() for c in shown)
+
+
+@pytest.mark.slow
+def test_sft_says_nothing_of_what_it_has_not(tmp_path, words, capsys):
+    run(tmp_path, words, "sft", "--aux", "none", "--max-steps", "1")
+    shown = capsys.readouterr().out
+    assert not any(word in shown for word in ("lambda", "alpha", "cons ", "share", "ascent |g|"))
+    run(tmp_path, words, "lfu", "--max-steps", "1")
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("lambda", "alpha", "cons ", "share", "ascent |g|"))
+
+
+def test_a_full_folder_runs_new_is_in_nobodys_way(tmp_path, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "notes.txt").write_text("mine")
+    flags = ["--data", str(words), "--aux", "none", "--max-steps", "1", "--batch-size", "2"]
+    assert train.main(flags)[0] == Path("runs/none-000")
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ValueError, match="output folder runs cannot be written: .* not a folder"):
+        train.main(flags)
+
+
+@pytest.mark.parametrize("parameters, variable, threads", [
+    (1e6, None, [1]), (1e8, None, []), (1e6, "4", [])])
+def test_small_models_take_one_thread_unless_told(monkeypatch, parameters, variable, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    system.spare_threads(parameters)
+    assert calls == threads
+
+
+def test_pictures_and_runs_of_the_documents_are_ignored_by_git():
+    names = ["scores.png", "scores.pdf", "runs/lora-000/log.jsonl", "build/lib/x", "merged/x"]
+    done = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a clone of the repository")
+    assert done.stdout.split() == names
+
+
 def test_encoding_says_how_far_it_is_after_two_seconds(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(log.time, "time", lambda: now[0])
@@ -295,6 +353,11 @@ BAD = [
     (["--method", "gem", "--neftune-alpha", "5"], "--neftune-alpha 5"),
     (["--method", "sft", "--lam", "5"], "--lam 5"), (["--method", "l1", "--alpha", "1"], "--alpha"),
     (["--method", "sft", "--aux", "lora"], "--aux lora"),
+    (["--epochs", "1e308"], "--epochs 1e.308 should be a positive number below 1,000,000,000"),
+    (["--r", "1000000000"], "--r 1000000000"), (["--r", "70000"], "r = 70000"),
+    (["--max-steps", "9" * 4000], "--max-steps 9{40} should"), (["--seed", str(2**64)], "--seed"),
+    (["--lora-alpha", "1e300"], "--lora-alpha"), (["--lam", "1e300"], "--lam"),
+    (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval-data", "LONG"], "max_len 256"),
     (["--aux", "none", "--gem-beta", "1"], "--gem-beta"),
     (["--method", "sam", "--move", "descent"], "--move"),
     (["--method", "sam", "--shard"], "--shard"),
@@ -317,8 +380,11 @@ def test_bad_settings_are_refused_by_name_before_anything_is_written(tmp_path, w
                                                "checked"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("keep")
+    (tmp_path / "full" / "long.jsonl").write_text(json.dumps({"question": "a " * 300,
+                                                              "answer": "b"}))
     before = sorted(tmp_path.rglob("*"))
-    names = {"WORDS": str(words), "FULL": str(tmp_path / "full"), "MODEL": str(BUNDLED)}
+    names = {"WORDS": str(words), "FULL": str(tmp_path / "full"), "MODEL": str(BUNDLED),
+             "LONG": str(tmp_path / "full" / "long.jsonl")}
     with pytest.raises(ValueError, match=named) as error:
         train.main(["--device", "cpu", "--data",
                     str(words)][: 2 if "--data" in flags or "MODEL" in flags else 4]
@@ -400,7 +466,7 @@ def scales_of(overflows, steps):
     for step in range(1, steps + 1):
         found.append(scale.value)
         norm = math.inf if step in overflows else 1.0
-        step_or_skip(optimizer, dict(step=step, loss=1.0, grad_norm=norm), scale,
+        step_or_skip(optimizer, dict(step=step, loss=1.0, grad_norm=norm, ascent_norm=0.0), scale,
                      Plan([], 0, 1, 0, [[1]], [1]), [{}])
     assert optimizer.steps == steps - len(overflows)
     return found
@@ -428,6 +494,29 @@ def test_a_first_step_that_moves_a_layer_too_far_is_said(step, movement, warns):
     assert ("another model" in log.warning({"step": step, "movement": movement})) == warns
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_an_ascent_that_did_not_move_is_no_step(tmp_path, words, monkeypatch, dtype):
+    """Eq 2's g overflows in the first step, the gradients do not: nothing is learned, which would
+    be plain SFT, and the log has an ascent_norm of null. In float32 no scale can help."""
+    honest, calls = train.lfu_step, []
+
+    def overflowing(*args, **kwargs):
+        result = honest(*args, **kwargs)
+        calls.append(1)
+        return {**result, "ascent_norm": torch.tensor(math.nan)} if len(calls) == 1 else result
+    monkeypatch.setattr(train, "lfu_step", overflowing)
+    if dtype == "fp32":
+        with pytest.raises(ValueError, match="step 1: the ascent's gradient's norm is nan"):
+            run(tmp_path, words, "g", "--dtype", dtype)
+        return
+    out, log = run(tmp_path, words, "g", "--dtype", dtype, "--max-steps", "2", "--save-every", "1",
+                   "--keep", "2")
+    assert [r["loss_scale"] for r in log] == [16, 8] and math.isfinite(log[0]["grad_norm"])
+    assert log[0]["ascent_norm"] is None and log[1]["ascent_norm"] > 0
+    weights = load_file(out / "checkpoints" / "step-000001" / "trained.safetensors")
+    assert not any(t.any() for name, t in weights.items() if "lora_B" in name)
+
+
 def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path, words, monkeypatch):
     """The first gradient is made infinite: nothing is learned in that step, the next one runs at
     half the loss scale."""
@@ -441,7 +530,7 @@ def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path, words,
         return result
     monkeypatch.setattr(train, "lfu_step", overflowing)
     out, log = run(tmp_path, words, "fp16", "--dtype", "fp16", "--max-steps", "2")
-    assert log[0]["grad_norm"] == math.inf and log[1]["loss_scale"] == log[0]["loss_scale"] / 2
+    assert log[0]["grad_norm"] is None and log[1]["loss_scale"] == log[0]["loss_scale"] / 2
     assert scales == [16, 8]
     weights = load_file(str(out / "adapter_model.safetensors"))
     assert all(t.isfinite().all() for t in weights.values())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import os
 from pathlib import Path
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -29,9 +30,11 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(main):
     """Run a script's main(): bad input (ValueError, OSError) becomes one line on stderr and exit
-    status 2, Ctrl-C a word and 130."""
+    status 2, Ctrl-C a word and 130; SIGTERM ends it with 143."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # quiet imports, see train.py's begin
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # files that are half written go, too
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except (ValueError, OSError) as error:
@@ -72,7 +75,7 @@ def stop_signals():
 
 
 def _complain(error):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {on_screen(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 
@@ -143,6 +146,13 @@ def peak_memory_mib(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # bytes on macOS, KiB on Linux
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def on_screen(text):
+    """Text out of a file or a model, to be printed: control characters, which could move the cursor
+    or change a terminal's colours, as their escapes; half a character as "?"."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+    return text.encode("utf-8", "replace").decode()
 
 
 def duration(seconds):

@@ -339,16 +339,30 @@ def save_model(model, out_dir, base_dir=None, state_dict=None):
     if model.config.tie_word_embeddings:
         state_dict.pop(HEAD, None)
     dtype = next(iter(state_dict.values())).dtype
-    raw = config_to_dict(model.config)
+    raw, copied = config_to_dict(model.config), []
     if base_dir:
-        raw = read_json(Path(base_dir) / "config.json")
+        raw, copied = read_json(Path(base_dir) / "config.json"), tokenizer_files(base_dir)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / "config.json", raw)
-    for name in TOKENIZER_FILES:
-        if base_dir and (Path(base_dir) / name).is_file():
-            shutil.copyfile(Path(base_dir) / name, out_dir / name)
+    for file in copied:
+        with written_aside(out_dir / file.name) as temporary:
+            shutil.copyfile(file, temporary)
     write_tensors(out_dir / "model.safetensors", state_dict)
+
+
+def tokenizer_files(folder):
+    """Those of TOKENIZER_FILES that lie in a model folder, to be copied. Raises ValueError for a
+    link out of it: a folder from elsewhere could point to a file of yours, which would then be
+    given away with the model. (Hugging Face's cache links to blobs/ beside snapshots/.)"""
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    inside = Path(folder).resolve()
+    for file in files:
+        real = file.resolve()
+        if inside not in real.parents and real.parent != inside.parent.parent / "blobs":
+            raise ValueError(f"{file} is a link to {real}, out of the model's folder, and is not "
+                             "copied with the model: put the file itself there")
+    return files
 
 
 def write_tensors(file, tensors):

@@ -10,7 +10,7 @@ the prompt. Verified in tests/test_data.py: ids spelled out by hand, the templat
 and every kind of bad file.
 """
 
-import hashlib
+from array import array
 import math
 from typing import NamedTuple
 
@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from .chat import CHAT, chat_ids, end_ids, split_messages
-from .jsons import json_type, read_bytes, read_records, short
+from .jsons import each_record, json_type, short
 
 IGNORE = -100  # the label that takes no part in the loss
 FIELDS = (("question", "answer"), ("instruction", "output"), ("prompt", "response"))
 TEMPLATES = ("plain", "alpaca", *CHAT)
-WINDOW = 16  # batches that --group-by-length sorts together
 
 # LLaMA-Factory's `template: alpaca`, which the paper's authors trained with (its data/template.py).
 ALPACA_SYSTEM = ("Below is an instruction that describes a task. "
@@ -46,12 +45,17 @@ def read_examples(path, questions=False):
     Raises ValueError naming the file and the line (.jsonl) or the item, counted from 1 (.json), of
     the first thing that is wrong.
     """
-    examples = [(_example(record, where), where) for where, record in read_records(path)]
-    for example, where in examples:
+    return list(each_example(path, questions))
+
+
+def each_example(path, questions=False):
+    """read_examples one after the other."""
+    for where, record in each_record(path):
+        example = _example(record, where)
         if questions and not isinstance(example.prompt, str):
             raise ValueError(f"{where}: a question and an answer are needed here, not "
                              f"{len(example.prompt) + 1} messages")
-    return [example for example, _ in examples]
+        yield example
 
 
 def prompt_ids(tokenizer, prompt, template="plain"):
@@ -111,7 +115,8 @@ def stop_ids(tokenizer, template="plain"):
 
 
 class Encoded(list):
-    """Examples as (input_ids, labels), with `numbers`: which of the file's they are, from 1."""
+    """Examples as (input_ids, labels), arrays of four bytes a number (a list takes 36), with
+    `numbers`: which of the file's they are, from 1."""
     numbers = ()
 
 
@@ -121,44 +126,34 @@ def load_dataset(path, tokenizer, template="plain", max_len=1024, on_progress=No
 
     Examples of more than max_len tokens are dropped, never cut: half an answer teaches not to
     finish. on_progress: called with (examples encoded, all of them) after each. Raises ValueError
-    if none is left, and whatever `read_examples` raises.
+    if none is left, and whatever `read_examples` raises. A text is let go of once it is encoded.
     """
     examples, kept, shortest = read_examples(path), Encoded(), math.inf
-    kept.numbers = []
-    for number, example in enumerate(examples, 1):
-        ids, labels = encode_example(tokenizer, example, template)
+    kept.numbers, total = [], len(examples)
+    examples.reverse()
+    for number in range(1, total + 1):
+        ids, labels = encode_example(tokenizer, examples.pop(), template)
         shortest = min(shortest, len(ids))
         if len(ids) <= max_len:
-            kept.append((ids, labels))
+            kept.append((array("i", ids), array("i", labels)))
             kept.numbers.append(number)
         if on_progress:
-            on_progress(number, len(examples))
+            on_progress(number, total)
     if not kept:
-        raise ValueError(f"{path}: none of the {len(examples)} examples fits into max_len "
-                         f"{max_len}; the shortest has {shortest} tokens")
-    return kept, len(examples) - len(kept)
+        raise ValueError(f"{path}: none of the {total} examples fits into max_len {max_len}; the "
+                         f"shortest has {shortest} tokens")
+    return kept, total - len(kept)
 
 
-def batch_order(n, batch_size, seed, step, lengths=None):
+def batch_order(n, batch_size, seed, step):
     """The examples (indices into n) of optimizer step `step`, counted from 0 over all epochs ->
     list of ints.
 
     Every epoch is a new permutation, drawn from (seed, epoch) alone, and its last batch may be
     smaller. A function of the step and of nothing that went before.
-    lengths: tokens of each example. Where given, every window of WINDOW batches of the permutation
-    is cut into batches of similar length, in random order: less padding, and still each example
-    once an epoch.
     """
     epoch, i = divmod(step, -(-n // batch_size))
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(n)
-    if lengths is not None:
-        for start in range(0, n, WINDOW * batch_size):
-            window = order[start:start + WINDOW * batch_size]
-            window = window[np.argsort(np.asarray(lengths)[window], kind="stable")]
-            whole = len(window) // batch_size * batch_size  # an incomplete batch stays the last
-            batches = rng.permutation(window[:whole].reshape(-1, batch_size))
-            order[start:start + len(window)] = np.append(batches, window[whole:])
+    order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[i * batch_size:(i + 1) * batch_size].tolist()
 
 
@@ -174,11 +169,6 @@ def collate(examples, pad_id):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
     ids, labels = zip(*examples)
     return pad(ids, pad_id), pad(labels, IGNORE)
-
-
-def data_hash(path):
-    """SHA-256 of the file's bytes as hex, for settings.json: which data a run has seen."""
-    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def _example(record, where):

@@ -41,12 +41,18 @@ def read_text(path, encoding="utf-8-sig"):
 
     Raises ValueError if the file cannot be read, or naming the line that is not UTF-8.
     """
+    return decoded(read_bytes(path), path, encoding=encoding)
+
+
+def decoded(raw, path, line=1, encoding="utf-8-sig"):
+    """Bytes that begin on `line` of the file `path` as text. Raises ValueError naming the line that
+    is not UTF-8."""
     try:
-        return read_bytes(path).decode(encoding)
+        return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {error.object[error.start]:#04x} is not "
-                         "UTF-8; save the file as UTF-8") from None
+        line += raw[:error.start].count(b"\n")
+        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; save "
+                         "the file as UTF-8") from None
 
 
 def parse_json(text, where, line=1):
@@ -95,31 +101,58 @@ def read_records(path):
     Blank lines are skipped. Raises ValueError naming the first thing that is wrong, also if there
     is no object at all.
     """
-    text, suffix = read_text(path), Path(path).suffix.lower()
+    return list(each_record(path))
+
+
+def each_record(path):
+    """read_records one after the other: of a .jsonl file no more than a line is in memory."""
+    suffix, where = Path(path).suffix.lower(), None
     if suffix not in (".json", ".jsonl"):
+        check_file(path)
         raise ValueError(f"{path}: a .json or .jsonl file is needed")
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    hint = ("if it has one object a line, name it .jsonl" if suffix == ".json"
-            else "a .jsonl file has one object a line")
-    try:
-        if suffix == ".json":
-            values = parse_json(text, path)
-        else:  # only "\n" ends a line: U+2028 and the like may be in JSON
-            values = {f"{path}, line {i}": parse_json(line, path, i)
-                      for i, line in enumerate(text.split("\n"), 1) if line.strip()}
-    except ValueError as error:
-        raise ValueError(f"{error}; {hint}") from None
-    if isinstance(values, list):
-        values = {f"{path}, item {i}": value for i, value in enumerate(values, 1)}
-    elif suffix == ".json":
-        raise ValueError(f"{path}: a list of objects is needed, not {json_type(values)}")
-    if not values:
-        raise ValueError(f"{path}: the list is empty")
-    for where, value in values.items():
+    for where, value in (each_item if suffix == ".json" else each_line)(path):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: an object is needed, not {json_type(value)}")
-    return list(values.items())
+        yield where, value
+    if where is None:
+        raise ValueError(f"{path} is empty" if suffix == ".jsonl" else f"{path}: the list is empty")
+
+
+def each_item(path):
+    """("FILE, item 1", value), ... of a .json file with a list."""
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    values = parse_hinting(text, path, 1, "if it has one object a line, name it .jsonl")
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: a list of objects is needed, not {json_type(values)}")
+    del text
+    for i in range(len(values)):
+        value, values[i] = values[i], None  # lets go of it
+        yield f"{path}, item {i + 1}", value
+
+
+def each_line(path):
+    """("FILE, line 1", value), ... of a .jsonl file. Only "\\n" ends a line: U+2028 and the like
+    may be in JSON."""
+    check_file(path)
+    try:
+        with open(path, "rb") as lines:
+            for i, raw in enumerate(lines, 1):
+                text = decoded(raw.rstrip(b"\n"), path, i, "utf-8-sig" if i == 1 else "utf-8")
+                if text.strip():
+                    yield f"{path}, line {i}", parse_hinting(text, path, i, "a .jsonl file has "
+                                                             "one object a line")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_hinting(text, path, line, hint):
+    """parse_json, with a hint behind its error."""
+    try:
+        return parse_json(text, path, line)
+    except ValueError as error:
+        raise ValueError(f"{error}; {hint}") from None
 
 
 def short(value, most=60):

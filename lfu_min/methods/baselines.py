@@ -91,10 +91,10 @@ def neftune_step(model, batch, alpha=5.0, lengths=None, padded=False):
 
 def prompt_examples(examples):
     """Instruction modelling (arXiv 2405.14394) is SFT on other labels: of encoded examples
-    (input_ids, labels), lists of ints, every token is supervised, prompt and template too. Padding,
-    which data.collate adds later, is not. (The authors mean to leave the template out; what their
-    code leaves out is BOS and the user tag in front, if at all.)"""
-    return [(ids, list(ids)) for ids, _ in examples]
+    (input_ids, labels) every token is supervised, prompt and template too. Padding, which
+    data.collate adds later, is not. (The authors mean to leave the template out; what their code
+    leaves out is BOS and the user tag in front, if at all.)"""
+    return [(ids, ids[:]) for ids, _ in examples]
 
 
 # ---- GEM: another loss of the same logits ----

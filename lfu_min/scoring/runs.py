@@ -18,8 +18,8 @@ from ..lora import remove_lora
 # where the run was made, and what follows from other fields. The data's hash stands for the data.
 ASIDE = {"seed", "method", "aux", "model", "data", "out", "device", "activation_checkpointing",
          "shard", "per_step", "per_epoch", "steps", "examples", "dropped", "versions", "platform",
-         "git_commit", "save_every", "keep", "resume", "verify", "resumed", "model_sha256",
-         "saved_sha256"}
+         "git_commit", "save_every", "keep", "eval_data", "eval_data_sha256", "resume", "verify",
+         "resumed", "model_sha256", "saved_sha256"}
 
 
 class Run(NamedTuple):

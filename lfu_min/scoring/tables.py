@@ -69,28 +69,43 @@ def verdict(examples, runs):
 
     examples: {run: {task: rows with "match"}} of categories.measure; runs: the base first.
     """
-    def gain(run, tasks):
-        pairs = {t: zip(examples[run.name][t], examples["base"][t], strict=True) for t in tasks}
-        return mean_of([mean_result(t, "gain", [100.0 * (new["match"] - old["match"])
-                                                for new, old in pairs[t]]) for t in tasks])
+    def right(names, task):  # the share of these runs that is right, a question
+        rows = zip(*(examples[name][task] for name in names), strict=True)
+        return [sum(row["match"] for row in same) / len(names) for same in rows]
+
+    def gain(new, old, tasks):
+        return mean_of([mean_result(t, "gain", [100.0 * (a - b) for a, b in zip(
+            right(new, t), right(old, t), strict=True)]) for t in tasks])
+
+    def told(learned, kept):
+        return (f"{IN_DOMAIN} {learned.value:+.1f} ± {learned.stderr:.1f} points, other categories "
+                f"{kept.value:+.1f} ± {kept.stderr:.1f}")
 
     lines, found = [], {"SFT": [], "LfU": []}
     for run in runs[1:]:
-        learned, kept = gain(run, [IN_DOMAIN]), gain(run, CATEGORIES)
-        found.setdefault(method(run).split("-")[0], []).append((learned.value, kept.value))
-        lines.append(f"{run.name} ({method(run)}): {IN_DOMAIN} {learned.value:+.1f} ± "
-                     f"{learned.stderr:.1f} points, other categories {kept.value:+.1f} ± "
-                     f"{kept.stderr:.1f}")
+        found.setdefault(method(run).split("-")[0], []).append(run.name)
+        lines.append(f"{run.name} ({method(run)}): " + told(
+            gain([run.name], ["base"], [IN_DOMAIN]), gain([run.name], ["base"], CATEGORIES)))
     if found["SFT"] and found["LfU"]:
-        sft, lfu = ([mean_sd(values)[0] for values in zip(*found[m])] for m in ("SFT", "LfU"))
-        learned, kept = lfu[0] - sft[0], lfu[1] - sft[1]
+        learned, kept = (gain(found["LfU"], found["SFT"], tasks)
+                         for tasks in ([IN_DOMAIN], CATEGORIES))
         lines.append(
             f"LfU against SFT, means over {len(found['LfU'])} and {len(found['SFT'])} runs: "
-            f"{IN_DOMAIN} {learned:+.1f} points, other categories {kept:+.1f}: LfU "
-            + ("does NOT forget less here." if kept <= 0 else
-               "forgets less, and learns no less." if learned >= 0 else
-               "forgets less, but learns less too: which is better depends on the exchange."))
+            f"{told(learned, kept)} (errors over questions, not over seeds): "
+            + in_words(learned, kept))
     return "\n".join(lines)
+
+
+def in_words(learned, kept):
+    """What two differences of LfU to SFT mean; within two standard errors they mean nothing."""
+    if abs(kept.value) <= 2 * kept.stderr:
+        return "too small a difference to say whether LfU forgets less."
+    if kept.value < 0:
+        return "LfU forgets MORE here."
+    if abs(learned.value) <= 2 * learned.stderr:
+        return "LfU forgets less; whether it learns less cannot be said."
+    return ("LfU forgets less, and learns more." if learned.value > 0 else
+            "LfU forgets less, but learns less too: which is better depends on the exchange.")
 
 
 def progress(title):

@@ -216,17 +216,22 @@ def normalise(text):
 
 def with_shots(docs, options, count=None, wording="{question}"):
     """The prompts of the first `count` docs, each behind options.few_shot solved ones, which the
-    seed and its place draw: "a b\\n\\nc d\\n\\ne"."""
+    seed and its place draw: "a b\\n\\nc d\\n\\ne". Whatever asks the same is never drawn."""
     def ask(doc):
         return wording.replace("{question}", doc.prompt)
 
-    prompts = []
+    prompts, shots = [], docs if options.shots is None else options.shots
+    places = {}  # a question -> where it stands among the shots
+    for place, doc in enumerate(shots):
+        places.setdefault(doc.prompt, []).append(place)
     for i, doc in enumerate(docs[:count]):
-        pool = options.shots if options.shots is not None else docs[:i] + docs[i + 1:]
+        pool = shots
+        for place in reversed(places.get(doc.prompt, [])):
+            pool = pool[:place] + pool[place + 1:]
         if options.few_shot > len(pool):
             raise ValueError(f"few-shot {options.few_shot}: at most {len(pool)}, as there are")
-        shots = random.Random(f"{options.seed} {i}").sample(pool, options.few_shot)
-        prompts.append("\n\n".join([*(f"{ask(shot)} {shot.target}" for shot in shots), ask(doc)]))
+        drawn = random.Random(f"{options.seed} {i}").sample(pool, options.few_shot)
+        prompts.append("\n\n".join([*(f"{ask(shot)} {shot.target}" for shot in drawn), ask(doc)]))
     return prompts
 
 

@@ -304,7 +304,7 @@ def main(argv=None):
         print(by_kind(found))
         return found
     seen = observe(model, batch, AUXILIARIES[s.aux], s.lam, s.alpha)
-    print(story(tokenizer, batch, seen))
+    print(system.on_screen(story(tokenizer, batch, seen)))
     return seen
 
 

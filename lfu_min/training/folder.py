@@ -13,7 +13,8 @@ import re
 import shutil
 
 from ..engine import distributed, system
-from ..files import data, hashes
+from ..files import hashes
+from ..files.checkpoint import tokenizer_files
 from ..files.jsons import read_json, write_json
 from . import log
 from .settings import here
@@ -21,11 +22,11 @@ from .settings import here
 
 def check_out(path):
     """Raise ValueError unless `path` can become a run folder: absent or empty, below a folder that
-    can be written."""
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+    can be written. None: a new one in runs/."""
+    if path and Path(path).is_dir() and any(Path(path).iterdir()):
         raise ValueError(f"output folder {path} is not empty: name a new one, so that no earlier "
                          "run is overwritten")
+    path = Path(path or "runs")
     there = path.absolute()
     while not there.exists():
         there = there.parent
@@ -62,7 +63,9 @@ def check(s):
     if s.resume:
         check_same(s)
     else:
-        check_out(s.out or "runs/new")
+        check_out(s.out)
+    if s.tune == "full":
+        tokenizer_files(s.model)  # they will be copied
 
 
 # ---- what a run records ----
@@ -74,7 +77,7 @@ def begin(s, device, **facts):
         recorded = read_record(s.resume)
         s.data_sha256, s.model_sha256 = recorded["data_sha256"], recorded["model_sha256"]
         return Path(s.resume)
-    s.data_sha256, s.model_sha256 = data.data_hash(s.data), hashes.model_hashes(s.model)
+    s.data_sha256, s.model_sha256 = hashes.file_hash(s.data), hashes.model_hashes(s.model)
     out = make_out(s.out, s.aux if s.method in ("lfu", "sft") else s.method)
     write_json(out / "settings.json", {
         **{name: value for name, value in vars(s).items() if name not in ("resume", "verify")},
@@ -89,6 +92,11 @@ def going_on(s, step, device):
     out, recorded = Path(s.resume), read_record(s.resume)
     remove_half_written(out)
     now = {"after_step": step, "device": str(device), **system.environment()}
+    if s.eval_data:
+        now |= {"eval_data": s.eval_data, "eval_data_sha256": s.eval_data_sha256}
+    if getattr(s, "eval_data_sha256", None) != recorded.get("eval_data_sha256"):
+        print("eval     --eval-data is not what the run began with: losses before and after this "
+              "step cannot be compared")
     write_json(out / "settings.json", {**recorded, "save_every": s.save_every, "keep": s.keep,
                                        "resumed": [*recorded.get("resumed", []), now]})
 
@@ -131,6 +139,16 @@ def finish(s, out):
     recorded = read_json(out / "settings.json")
     write_json(out / "settings.json", {**recorded, "saved_sha256": hashes.adapter_hashes(out)})
     tidy(s, out)
+
+
+@contextmanager
+def last_words(out):
+    """A ValueError in the block, of saving, also says how what was trained is saved after all."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; the run is not finished: python train.py --resume {out} goes "
+                         "on from its last checkpoint") from None
 
 
 def tidy(s, out):

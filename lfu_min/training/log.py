@@ -56,7 +56,8 @@ def describe(s, model, examples, dropped, tokenizer, device):
     ids, labels = examples[random.Random(s.seed).randrange(len(examples))]
     prompt, reply = (tokenizer.decode([i for i, label in zip(ids, labels)
                                        if (label == -100) == masked]) for masked in (True, False))
-    print(f"example  (supervised part in >>> <<<)\n{prompt}>>>{reply}<<<\n", flush=True)
+    print("example  (supervised part in >>> <<<)\n"
+          + system.on_screen(f"{prompt}>>>{reply}<<<\n"), flush=True)
 
 
 def encoding():
@@ -164,7 +165,7 @@ def questions(s):
     """To show before and after: on the bundled model a word problem and one question of each
     category, all of them from validation splits; else the first one of the data."""
     if Path(s.model) != BUNDLED:
-        return [data.read_examples(s.data)[0].prompt]
+        return [next(data.each_example(s.data)).prompt]
     names = ("word_problems", *CATEGORIES)
     return [data.read_examples(BUNDLED / "data" / f"{name}_validation.jsonl")[0].prompt
             for name in names]
@@ -174,7 +175,7 @@ def shown(question):
     """A prompt as text: a question, or the messages of a conversation, one a line."""
     if not isinstance(question, str):
         question = "\n          ".join(f"{m['role']}: {m['content']}" for m in question)
-    return question.encode("utf-8", "replace").decode()  # a lone surrogate cannot be printed
+    return system.on_screen(question)
 
 
 def answers(model, tokenizer, asked, template):
@@ -184,4 +185,5 @@ def answers(model, tokenizer, asked, template):
     prompts = [ids[:room] for ids in prompts]
     replies = generate(model, prompts, max_new_tokens=80,
                        stop_ids=data.stop_ids(tokenizer, template))
-    return [" / ".join(tokenizer.decode(reply).strip().splitlines()) for reply in replies]
+    return [system.on_screen(" / ".join(tokenizer.decode(reply).strip().splitlines()))
+            for reply in replies]

@@ -86,8 +86,9 @@ class LossScale:
 
 
 def step_or_skip(optimizer, record, scale, plan, results):
-    """optimizer.step(), unless the gradient is not finite: then float16 overflowed in a backward,
-    nothing is learned, and the LossScale `scale` is halved.
+    """optimizer.step(), unless the gradient or Eq 2's g is not finite: then float16 overflowed in a
+    backward (or the ascent did not move, so that the step would be plain SFT), nothing is learned,
+    and the LossScale `scale` is halved.
 
     plan, results: of this step, the record's. Raises ValueError that names step and examples where
     the loss is not finite, or no smaller scale can help.
@@ -96,13 +97,16 @@ def step_or_skip(optimizer, record, scale, plan, results):
         half = ", or --dtype bf16 or fp32: float16 may overflow" if scale.value else ""
         raise ValueError(f"step {record['step']}: the loss is {record['loss']} "
                          f"({suspects(plan, results)}); try a smaller --lr" + half)
-    if math.isfinite(record["grad_norm"]):
+    bad = next((name for name in ("grad_norm", "ascent_norm")
+                if not math.isfinite(record[name])), None)
+    if bad is None:
         optimizer.step()
         scale.good_step()
     elif scale.value and scale.value > 2**-10:
         scale.overflow()
     else:
-        raise ValueError(f"step {record['step']}: the gradient's norm is {record['grad_norm']} "
+        what = "gradient" if bad == "grad_norm" else "ascent's gradient"
+        raise ValueError(f"step {record['step']}: the {what}'s norm is {record[bad]} "
                          f"({suspects(plan, results)}); try a smaller --lr")
     optimizer.zero_grad(set_to_none=True)
 

@@ -6,6 +6,7 @@ import sys
 from ..bundled import BUNDLED
 from ..engine import system
 from ..files import data, jsons
+from ..lora import check_rank
 from ..methods import AUXILIARIES, BASELINES, DISTANCES, IN_PLACE, MOVES
 
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama.
@@ -24,10 +25,12 @@ TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move=
 USUAL = dict(aux="lora", lam=5.0, alpha=0.1, layers="all", move="ascent", compare="mse",
              neftune_alpha=5.0, gem_beta=0.7, rho=0.05)
 
+MOST, SEEDS = 10**9, 2**60  # larger numbers are slips; torch's generators end at 2**64
+
 # The flags that may be others when a run is resumed: they change no number of it. (Of the model and
 # the data the files must be the same, wherever they lie.)
-FREE = {"model", "data", "device", "activation_checkpointing", "out", "save_every", "keep",
-        "resume", "verify"}
+FREE = {"model", "data", "eval_data", "device", "activation_checkpointing", "out", "save_every",
+        "keep", "resume", "verify"}
 
 
 def parser():
@@ -38,6 +41,8 @@ def parser():
     g = p.add_argument_group("model and data")
     g.add_argument("--model", help="Hugging Face folder [the bundled one / required]")
     g.add_argument("--data", help=".json or .jsonl file of examples [256 word problems / required]")
+    g.add_argument("--eval-data", metavar="FILE", help="examples whose loss is measured before the "
+                   "first step, after every tenth part of the run and at its end; none trains")
     g.add_argument("--template", choices=data.TEMPLATES, default="plain",
                    help="how a question becomes a prompt [plain]")
     g.add_argument("--max-len", type=int, help="tokens; longer examples are dropped [256 / 2048]")
@@ -114,13 +119,15 @@ def get_settings(argv=None):
     for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr",
                  "max_len", "gem_beta", "keep"):
         value = getattr(s, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+        if value is not None and not 0 < value < MOST:
+            raise ValueError(f"--{name.replace('_', '-')} {value!s:.40} should be a positive "
+                             f"number below {MOST:,}")
     for name in ("lam", "alpha", "neftune_alpha", "rho", "seed", "save_every"):
         value = getattr(s, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} should be a finite number, at "
-                             "least 0")
+        if value is not None and not 0 <= value < SEEDS:
+            raise ValueError(f"--{name.replace('_', '-')} {value!s:.40} should be a number from 0 "
+                             f"to {SEEDS:.0e}")
+    check_rank(s.r, s.lora_alpha)
     if not s.resume:
         fill_method(s)
     if s.shard and s.method not in ("lfu", "sft", "prompt"):
@@ -149,7 +156,8 @@ def settings_of_run(run, argv=None):
     recorded, p = jsons.read_json(file), parser()
     names = vars(p.parse_args([])).keys() - {"out", "resume", "verify"}
     takes = TAKES.get(str(recorded.get("method")), {})
-    may_be_null = {"max_steps", "keep", *(USUAL.keys() - TAKES["lfu"].keys() - takes.keys())}
+    may_be_null = {"max_steps", "keep", "eval_data",
+                   *(USUAL.keys() - TAKES["lfu"].keys() - takes.keys())}
     lacking = sorted(name for name in names - may_be_null if recorded.get(name) is None)
     if lacking:
         raise ValueError(f"{file} has no {', '.join(lacking)}: no run of this train.py, or one of "
@@ -173,6 +181,7 @@ def settings_of_run(run, argv=None):
         raise ValueError(f"--out {s.out}: a run goes on in its own folder; leave it out")
     s.out = run
     s.model, s.data = here(s.model), here(s.data)
+    s.eval_data = s.eval_data and here(s.eval_data)
     return s
 
 
