@@ -160,7 +160,8 @@ def main(argv=None):
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
                    help="training seeds [those of the experiment]")
     s = p.parse_args(argv)
-    every = {"tune": tune, "rule": rule} | {name: partial(page, name) for name in experiments.EXPERIMENTS}
+    every = {"tune": tune, "rule": rule} | {name: partial(page, name)
+                                            for name in experiments.EXPERIMENTS}
     shows = {name: one.shows for name, one in experiments.EXPERIMENTS.items()} | {
         "tune": "nine settings a method on the validation split; tuned.json",
         "rule": "alpha of each kind by the movement of the states, from the runs of tune"}
