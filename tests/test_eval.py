@@ -120,15 +120,17 @@ def test_no_difference_within_two_errors_is_told_as_one(learned, kept, words):
 
 
 def test_the_verdict_pairs_the_means_of_runs_by_question():
-    """Two runs of each, that answer one question in turns: the means differ nowhere."""
+    """Two runs of each. SFT's answer one of two questions in turns, so does one of LfU's, the other
+    has both: means of a question 1/2 and 1/2 beside 1 and 1/2."""
     cats = dict.fromkeys(categories.CATEGORIES, [dict(match=True)] * 2)
     turns = [[dict(match=i == j) for j in range(2)] for i in range(2)]
     examples = {"base": cats | {"word problems": turns[0]}} | {
         f"{m}{i}": cats | {"word problems": turns[i]} for m in "sl" for i in range(2)}
+    examples["l1"]["word problems"] = [dict(match=True)] * 2
     runs = [Run("base")] + [Run(f"{m}{i}", "f", dict(aux=aux, lam=5.0))
                             for m, aux in (("s", "none"), ("l", "reps")) for i in range(2)]
     last = tables.verdict(examples, runs).splitlines()[-1]
-    assert "means over 2 and 2 runs: word problems +0.0 ± 0.0 points" in last
+    assert "means over 2 and 2 runs: word problems +25.0 ± 25.0 points" in last
 
 
 def test_digits_are_as_many_as_tell_numbers_apart():

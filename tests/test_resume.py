@@ -345,6 +345,15 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_script_leaves_sigterm_as_it_was():
+    def main():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(SystemExit) as ended:
+        system.command_line(main)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 # ---- what can go wrong ----
 
 class FullDisk:

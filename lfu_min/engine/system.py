@@ -33,7 +33,8 @@ def command_line(main):
     status 2, Ctrl-C a word and 130; SIGTERM ends it with 143."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # quiet imports, see train.py's begin
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # files that are half written go, too
+    dies = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if dies:  # what is half written is cleaned up, what is done is shown
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
@@ -42,6 +43,9 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dies:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
