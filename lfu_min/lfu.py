@@ -4,7 +4,7 @@ Beside the SFT loss, LfU takes one normalised gradient-ASCENT step on auxiliary 
 makes the model worse, and trains the weights to keep the hidden states of that undesirable model
 close to the model's own:
 
-    l_LfU = l_SFT + lambda * l_cons                                                        (Eq 6)
+    l_LfU = l_SFT + lambda * l_cons,   in which h and g are constants                      (Eq 6)
 
 symbol   here    shape          meaning                                                    default
 -------  ------  -------------  ---------------------------------------------------------  -------
@@ -13,22 +13,22 @@ th_aux   th_aux  -              auxiliary tensors, moved by the ascent: B of a s
                                 LoRA, one steering vector a layer, or th itself
 g        g       as th_aux      gradient of l_SFT with respect to th_aux
 alpha    alpha   -              length of the ascent step, over all of th_aux together     0.1
-h_l,t    h[l]    (N, D)         layer l's states that predict a supervised token, from th
+h_l,t    h[l]    (N, D)         layer l's states where the next token is supervised, from th
 h'_l,t   h_aux   as h           the same from th and the moved th_aux
-K        layers  of 1..L        layers compared; L is taken after the final norm           all
-T        N       positions      positions that predict a supervised token
+K        layers  of 1..L        layers compared; the last is taken after the final norm    all
+T        N       positions      positions whose next token is supervised
 l_SFT    sft     nats a token   mean cross-entropy of the answer's tokens
-l_cons   terms   (K,)           l_cons is their mean: squared differences of h' and h
+l_cons   terms   (K,)           one mean squared difference of h' and h a layer; their mean
 lambda   lam     -              weight of l_cons                                           5.0
 
 Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent the
 auxiliary model IS the model. The forward that gives h is also the ascent's, and one backward of
-l_SFT gives the gradients of th and of th_aux. The authors' code takes three forwards, and restores
-the weights before the backward that needs them; here every gradient is exact
-(tests/test_lfu.py compares with the definition written out slowly).
+l_SFT gives the gradients of th and of th_aux. Both gradients are exact: tests/test_lfu.py compares
+with the definition written out slowly. docs/method.md says when two passes are not enough.
 
 Of engine/passes.py, which need not be read: backward_into is loss.backward() into the `.grad` of
-the tensors named and of no others, and returns the norm of what th got; grads_of reads `.grad`.
+the tensors named and of no others, and returns the norm of what th got; grads_of reads `.grad`;
+adds_to_grad lets a step begin with empty `.grad`s, and adds what was there before at its end.
 """
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def ascend(th_aux, g, alpha, model=None, batch=None):
 def mse(h, h_aux, layers, model=None):
     """Eq 5, one term a layer, (K,): the mean over positions and channels of (h' - h)^2.
 
-    h is detached, a constant of the gradient: th learns to bring h' to h, not h to h'.
+    h is detached, a constant of the gradient, which flows through h' only.
     The paper sums over channels; like the authors' code we average, because lambda = 5 is meant
     for that scale. (model is for the variants in methods/distances.py.)
     """
@@ -77,11 +77,11 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
         sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)         # both gradients at once
-        h, sft = [x.detach() for x in h], sft.detach()  # lets go of the first graph
+        h, sft = [x.detach() for x in h], sft.detach()  # frees the first graph
         g_norm = move(th_aux, grads_of(th_aux), alpha, model, batch)        # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
-        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6: + in .grad
+        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6, in .grad
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
                 sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(h, h_aux, layers))

@@ -19,13 +19,13 @@ from test_docs import blocks
 pytestmark = pytest.mark.slow
 
 HEAD = re.compile(r"^# ((?:lfu_min|tests)/[\w/]+\.py)\b", re.M)
-NEW = {"KINDS": ("late", "inplace-mlp"), "MOVES": ("sign",), "TERMS": ("l1", "worst-layer")}
+NEW = {"KINDS": ("lower", "inplace-mlp"), "MOVES": ("sign",), "TERMS": ("l1", "worst-layer")}
 NAMES = [name for names in NEW.values() for name in names]
 SLIPS = [  # file, in the recipe, written by mistake, what the tests say
     ("distances.py", "h[l].detach()) for l in layers])\nD", "h[l]) for l in layers])\nD", "detach"),
     ("distances.py", ".max()[None]", ".mean()[None]", "worst-layer"),
     ("moves.py", "g], alpha)", "g], -alpha)", "sign"),
-    ("auxiliaries.py", "// 2:]", "// 2 + 1:]", "late"),
+    ("auxiliaries.py", "// 2]", "// 2 - 1]", "lower"),
     ("auxiliaries.py", 'IN_PLACE.add("inplace-mlp")', "", "are_marked"),
     ("auxiliaries.py", '".mlp." in n', '".self_attn." in n', "inplace-mlp")]
 
@@ -113,7 +113,7 @@ def test_a_new_kinds_table_is_asked_for_and_printed(copy):
 
 
 def test_the_flags_offer_them(copy):
-    for flags in (["--compare", "l1", "--aux", "late", "--move", "sign"],
+    for flags in (["--compare", "l1", "--aux", "lower", "--move", "sign"],
                   ["--compare", "worst-layer", "--aux", "inplace-mlp"]):
         status, said = python(copy, "train.py", *flags, "--max-steps", "2", "--batch-size", "2",
                               "--device", "cpu")
