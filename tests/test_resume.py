@@ -78,6 +78,14 @@ def no_answers(monkeypatch):
     monkeypatch.setattr(log, "answers", lambda *args: [])
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def flags(words, out, *more):
     return ["--model", str(words.with_name("model")), "--data", str(words), "--out", str(out),
             "--device", "cpu", "--batch-size", "3", "--accumulate", "1", "--lr", "5e-3",
