@@ -159,9 +159,12 @@ def test_a_page_has_means_and_paired_differences(name, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     experiment = EXPERIMENTS[name]
     faked(monkeypatch, experiment)
-    text = reproduce.main([name, "--runs", str(tmp_path), "--out", str(tmp_path)])[name]
+    where = ["--runs", str(tmp_path), "--out", str(tmp_path)]
+    two = reproduce.main([name, "--seeds", "0,1", *where])[name]
+    assert f"reproduce {name} --seeds 0,1\n" in two and "Seeds 0, 1;" in two
+    text = reproduce.main([name, *where])[name]
     assert (tmp_path / f"{name}.md").read_text() == text
-    assert f"python -m lfu_min.paper.reproduce {name}" in text
+    assert f"python -m lfu_min.paper.reproduce {name}\n" in text
     first = report.digits(experiment.columns[0])
     lfu = [line for line in text.splitlines() if line.startswith("| LfU-lora")]
     assert f"| {13.5:.{first}f} ± " in lfu[0], "mean of 11.5 ... 15.5"

@@ -285,8 +285,12 @@ def test_a_mistake_in_what_is_restored_is_seen(tmp_path, words, overflowing, pla
     start(words, one, "--dtype", "fp16")
     ended_after(3, PowerCut, start, words, two, "--dtype", "fp16", "--save-every", "2")
     monkeypatch.setattr(*planted)
-    resume(two, "--save-every", "0")
-    assert seen in differences(one, two)
+    try:
+        resume(two, "--save-every", "0")
+    except ValueError as error:  # the run itself sees a record that stands twice
+        assert seen in str(error)
+    else:
+        assert seen in differences(one, two)
 
 
 def test_one_command_and_seed_give_one_log(tmp_path, words):

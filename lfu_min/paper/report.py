@@ -105,10 +105,9 @@ def cell(found, column):
     return f"{m:.{digits(column)}f}" + (f" ± {sd:.{digits(column)}f}" if n > 1 else "")
 
 
-def page(name, experiment, by, seeds, figure, line=None):
-    """A page of docs/results: the command (`line`, or reproduce NAME), mean and standard
-    deviation over seeds, and the paired differences to SFT with their 95 % intervals; * where an
-    interval leaves out zero."""
+def page(name, experiment, by, seeds, figure, line):
+    """A page of docs/results: the command `line`, mean and standard deviation over seeds, and the
+    paired differences to SFT with their 95 % intervals; * where an interval leaves out zero."""
     columns = experiment.columns
     means = [[row, *(cell(found, c) for c in columns)] for row, found in by.items()]
     differences = []
@@ -125,8 +124,7 @@ def page(name, experiment, by, seeds, figure, line=None):
             star = "*" if abs(m) > half else ""
             cells.append(f"{m:+.{digits(column)}f} ± {half:.{digits(column)}f}{star}")
         differences.append(cells)
-    lines = [f"# {name}: {experiment.shows}",
-             *command(line or f"python -m lfu_min.paper.reproduce {name}"), "",
+    lines = [f"# {name}: {experiment.shows}", *command(line), "",
              f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds.", "",
              table(["", *columns], means), "",
              "Paired difference to SFT, seed by seed, ± half its 95 % interval; * where the "

@@ -194,7 +194,9 @@ def page(name, s):
     if experiment.figure:
         figure = s.out / f"{name}.png"
         experiment.figure(figure, by)
-    return report.page(name, experiment, by, s.seeds or experiment.seeds, figure)
+    seeds = f" --seeds {','.join(map(str, s.seeds))}" if s.seeds else ""
+    return report.page(name, experiment, by, s.seeds or experiment.seeds, figure,
+                       f"python -m lfu_min.paper.reproduce {name}{seeds}")
 
 
 if __name__ == "__main__":
