@@ -28,7 +28,7 @@ import torch
 from lfu_min import load_adapter, load_model
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
-from lfu_min.paper import sweep
+from lfu_min.paper import measures, sweep
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -479,9 +479,9 @@ def test_fine_tuning_on_the_word_problems_learns_them_and_forgets(tmp_path, aux)
     """Defaults, seed 42: word problems at least +30 points; plain SFT loses at least 10 in the mean
     of the others."""
     torch.set_num_threads(2)
-    base = sweep.scores(None, "test")
+    base = measures.scores(None, "test")
     out, _ = train.main(["--aux", aux, "--out", str(tmp_path / aux)])
-    after = sweep.scores(out, "test")
+    after = measures.scores(out, "test")
     print({name: round(after[name], 1) for name in sweep.COLUMNS})
     assert after["word problems"] - base["word problems"] >= 30
     if aux == "none":
