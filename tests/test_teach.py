@@ -200,8 +200,7 @@ def test_passes_and_operations_of_the_relatives(monkeypatch):
     found = {name: relatives.count(config, step, 2, 16) for name, step in relatives.STEPS.items()}
     passes_of = {name: forwards for name, (forwards, _, _) in found.items()}
     known = {"sft": 1, "neftune": 1, "gem": 1, "l1": 1, "l2": 1, "sam": 2, "logit_kl": 2,
-             "attached": 3, "lfu lora": 2, "lfu reps": 2, "lfu inplace": 2,
-             "lfu two-steps": 3}
+             "lfu lora": 2, "lfu reps": 2, "lfu inplace": 2, "lfu two-steps": 3}
     assert known.items() <= passes_of.items()
     flops = {name: count for name, (_, count, _) in found.items()}
     assert flops["sam"] == 2 * flops["sft"] == 2 * flops["neftune"]

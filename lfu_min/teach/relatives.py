@@ -22,8 +22,8 @@ from ..methods.baselines import BASELINES
 
 ADDED = {f"lfu {aux}": partial(lfu_step, auxiliary=kind) for aux, kind in AUXILIARIES.items()}
 ADDED["lfu two-steps"] = partial(lfu_step, move=MOVES["two-steps"])
-STEPS = {**{name: step for name, step in BASELINES.items() if name != "prompt"},  # sft's step
-         **ADDED}
+ASIDE = ("prompt", "attached")  # sft's step; LfU without its detach, which is no relative
+STEPS = {**{name: step for name, step in BASELINES.items() if name not in ASIDE}, **ADDED}
 
 
 def count(config, step, batch, tokens):
