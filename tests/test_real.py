@@ -103,6 +103,11 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     assert text.count("| LfU-lora |") == 2 and "| base |" in text
     monkeypatch.setattr(jobs, "trained", None)  # would be called for a run that is missing
     assert real.main(settings(files)) == text
+    other = files / "other"
+    other.symlink_to(BUNDLED)  # the same model by another name is the same
+    assert real.main([str(other) if a == str(BUNDLED) else a for a in settings(files)]) == (
+        text.replace("--model bundled", "--model other"))
+    assert [p.name for p in (files / "runs").iterdir()] == ["bundled"]
 
 
 def test_a_missing_file_is_one_line(files):

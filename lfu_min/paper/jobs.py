@@ -33,10 +33,11 @@ def train_script():
 
 
 def data_file(file, rows):
-    """`file` with these records, one a line; written unless it is there."""
+    """`file` with these records, one a line; written, as a whole, unless it is there."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with jsons.written_aside(file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 

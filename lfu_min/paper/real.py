@@ -104,6 +104,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
                    default="0,1,2", help="training seeds")
     s = p.parse_args(argv)
+    s.runs = s.runs / Path(s.model).resolve().name  # one model's runs do not stand for another's
     todo = {("base", 0): job(None, 0, s.name, s)} | {
         (row, seed): job(setting, seed, s.name, s) for seed in s.seeds
         for row, setting in ROWS.items()}
