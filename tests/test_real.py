@@ -3,6 +3,7 @@ those of eval.py's tasks. On the bundled model and a few lines of made-up files;
 in docs/results."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.paper import jobs, real
 from lfu_min.scoring import measures, tasks
 from lfu_min.training.settings import get_settings
+from test_reproduce import InThisProcess
 
 
 @pytest.fixture
@@ -29,8 +31,8 @@ def files(tmp_path, monkeypatch):
         json.dumps(dict(goal=goal, sol1=one, sol2=two)) for goal, one, two in pairs))
     (tmp_path / "piqa_valid_labels.lst").write_text("0\n1\n")
     (tmp_path / "wikipedia_30.txt").write_text("A stone is a stone.\nA cup is a cup.\n")
-    for name, value in dict(EXAMPLES=5, STEPS=2, HELD_OUT=4, SOLVED=2, CHOICES=2, LINES=1,
-                            MAX_LEN=256).items():
+    for name, value in dict(EXAMPLES=5, BATCH=3, VALIDATION=3, HELD_OUT=4, OTHERS=4, SOLVED=2,
+                            CHOICES=2, CHARACTERS=20).items():
         monkeypatch.setattr(real, name, value)
     return tmp_path
 
@@ -40,43 +42,68 @@ def settings(files, *more):
             "--out", str(files / "out"), "--seeds", "0,1", *more]
 
 
-def test_train_py_takes_every_row_and_examples_are_apart(files):
-    class S:
-        model, runs = str(BUNDLED), files / "runs"
-    S.files = files
+@pytest.fixture
+def s(files):
+    """What real.main parses."""
+    return SimpleNamespace(model=str(BUNDLED), files=files, runs=files / "runs", jobs=1, threads=1)
+
+
+def test_train_py_takes_every_row_and_examples_are_apart(s):
     for name in real.NAMES:
-        train, held_out = (set(map(json.dumps, part)) for part in real.split(name, files))
-        assert len(train) >= real.EXAMPLES and not train & held_out
+        own = {part: data.read_examples(file) for part, file in real.parts(name, s).items()}
+        together = [example for part in own.values() for example in part]
+        assert len(set(together)) == len(together), "no example has two parts"
+        assert len(own["train"]) >= real.EXAMPLES and len(own["validation"]) == 3
         drawn = []
         for seed in (0, 1):
-            for row, setting in real.ROWS.items():
-                flags, folder, _ = real.job(setting, seed, name, S)
-                s = get_settings(jobs.as_flags(flags))
-                assert (s.lr, s.max_steps, s.seed) == (float(setting["lr"]), 2, seed), row
-                assert s.method == setting.get("method", "sft" if setting.get("aux") == "none"
-                                               else "lfu") and f"seed={seed}" in folder.name
+            for row, setting in real.METHODS.items():
+                flags, folder, _ = real.job(setting | {"lr": "5e-4"}, seed, name, s)
+                got = get_settings(jobs.as_flags(flags))
+                assert (got.lr, got.epochs, got.seed) == (5e-4, 1, seed), row
+                assert got.method == setting.get("method", "sft" if setting.get("aux") == "none"
+                                                 else "lfu") and f"seed={seed}" in folder.name
             drawn.append(data.read_examples(flags["data"]))
+            assert set(drawn[-1]) <= set(own["train"])
         assert len(drawn[0]) == 5 and drawn[0] != drawn[1]
-    folders = {real.job(setting, 0, name, S)[1] for name in real.NAMES
-               for setting in real.ROWS.values()}
-    assert len(folders) == len(real.NAMES) * len(real.ROWS), "no run stands for another"
+    folders = {real.job(setting, 0, name, s)[1] for name in real.NAMES
+               for setting in real.METHODS.values()}
+    assert len(folders) == len(real.NAMES) * len(real.METHODS), "no run stands for another"
 
 
-def test_the_base_scores_are_those_of_the_tasks(files):
+def test_examples_longer_than_max_len_are_in_no_part(s, monkeypatch):
+    tokenizer = load_tokenizer(BUNDLED)
+    examples = data.read_examples(s.files / "gsm8k_train.jsonl")
+    lengths = [len(data.encode_example(tokenizer, e)[0]) for e in examples]
+    monkeypatch.setattr(real, "MAX_LEN", sorted(lengths)[-2])
+    own = real.parts("gsm8k", s)
+    kept = data.read_examples(own["train"]) + data.read_examples(own["validation"])
+    assert len(kept) == sum(n <= real.MAX_LEN for n in lengths) < len(examples)
+    assert all(len(data.encode_example(tokenizer, e)[0]) <= real.MAX_LEN for e in kept)
+
+
+def test_the_rate_is_sfts_best_on_the_validation_part(s, monkeypatch):
+    def found(todo, *arguments):
+        assert {folder.name.split("seed=")[1] for _, folder, _ in todo.values()} == {"100"}
+        assert all(list(own) == ["validation", "scores", "log"] for *_, own in todo.values())
+        return {lr: {"validation nll": abs(float(lr) - 4e-4), "learned nll": float(lr)}
+                for lr in todo}
+    monkeypatch.setattr(jobs, "all_measured", found)
+    best, rows = real.choose("gsm8k", s, None)
+    assert best == "5e-4" and len(rows) == 3
+
+
+def test_the_base_scores_are_those_of_the_tasks(s, files):
     """Each number again, from the functions below the tasks."""
-    class S:
-        model, runs = str(BUNDLED), files / "runs"
-    S.files = files
-    found = real.job(None, 0, "gsm8k", S)[2]["scores"](None)
+    found = real.job(None, 0, "gsm8k", s)[2]["scores"](None)
     model, tokenizer = load_model(BUNDLED, dtype=torch.float32), load_tokenizer(BUNDLED)
 
     def nats(examples):
         sums, counts = zip(*measures.answer_nll(model, tokenizer, examples, "plain"))
         return sum(sums) / sum(counts)
     assert found["learned nll"] == pytest.approx(
-        nats(data.read_examples(files / "gsm8k_test.jsonl")[:4]), rel=1e-6)
+        nats(data.read_examples(real.parts("gsm8k", s)["held-out"])), rel=1e-6)
     others = [data.Example(r["instruction"], r["output"])
-              for r in real.split("dolly", files)[1]]
+              for r in real.split("dolly", files, lambda row: True)["held-out"]]
     assert len(others) == 4
     assert found["other nll"] == pytest.approx(nats(others), rel=1e-6)
     lls = [ll for ll, _ in measures.score(model, tokenizer, [
@@ -94,14 +121,15 @@ def test_the_base_scores_are_those_of_the_tasks(files):
 
 @pytest.mark.slow
 def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
-    monkeypatch.setattr(real, "ROWS", {row: real.ROWS[row] for row in ("SFT", "LfU-lora")})
-    monkeypatch.setattr(jobs, "all_measured", lambda todo, *others, **more: {
-        key: jobs.measured(*job) for key, job in todo.items()})
+    monkeypatch.setattr(real, "METHODS", {row: real.METHODS[row] for row in ("SFT", "LfU-lora")})
+    monkeypatch.setattr(real, "RATES", ("5e-4", "1e-3"))
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
     text = real.main(settings(files))
     assert (files / "out" / "real_gsm8k.md").read_text() == text
     assert "python -m lfu_min.paper.real gsm8k --model bundled --files data" in text
-    assert text.count("| LfU-lora |") == 2 and "| base |" in text
-    monkeypatch.setattr(jobs, "trained", None)  # would be called for a run that is missing
+    assert text.count("| LfU-lora |") == 2 and "| base |" in text and "seed 100" in text
+    assert len((files / "out" / jobs.RECORD).read_text().splitlines()) == 2 * 3 + 4 * 2 + 1
+    monkeypatch.setattr(jobs, "measured", None)  # would be called for a run that is missing
     assert real.main(settings(files)) == text
     other = files / "other"
     other.symlink_to(BUNDLED)  # the same model by another name is the same

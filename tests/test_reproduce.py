@@ -1,7 +1,11 @@
 """Claim: lfu_min.paper.reproduce tunes every method alike, by the rule that is written down, runs
 nothing twice, and its pages say what was measured: means, paired differences, intervals."""
+from concurrent.futures import Future
+from functools import partial
 import json
 import math
+from pathlib import Path
+import shutil
 from statistics import mean, stdev
 
 import pytest
@@ -80,7 +84,8 @@ def test_a_job_names_its_data_steps_and_folder(tmp_path):
     flags, folder, chosen = reproduce.job(setting, 3, ("scores_test",), tmp_path)
     assert flags["seed"] == 3 and flags["max-steps"] == 160 and flags["batch-size"] == 8
     assert len(data.read_examples(flags["data"])) == 32 and "examples" not in flags
-    assert folder.name == "aux=reps examples=32 lr=3e-3 seed=3"
+    assert folder.name == (
+        "aux=reps batch-size=8 data=word_problems_train examples=32 lr=3e-3 max-steps=160 seed=3")
     other = reproduce.job(setting | {"lr": "5e-3"}, 3, (), tmp_path)
     assert other[0]["data"] == flags["data"] and other[1] != folder
     assert reproduce.job(None, 0, (), tmp_path)[0] is None
@@ -234,16 +239,75 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
         reproduce.main(["table1", "--out", str(tmp_path), "--runs", str(tmp_path)])
 
 
-def test_a_setting_may_be_measured_more_without_training_again(tmp_path, monkeypatch):
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """train.py's place: a list of the flags that it was called with."""
     trained = []
 
     class Script:
         def main(flags):
             trained.append(flags)
-            (tmp_path / "run").mkdir()
-            (tmp_path / "run" / "log.jsonl").write_text('{"ms": 1000}\n')
+            Path(flags[flags.index("--out") + 1]).mkdir()
     monkeypatch.setattr(jobs, "train_script", lambda: Script)
-    one, two = ({name: lambda run, name=name: {name: 1.0}} for name in ("a", "b"))
+    return trained
+
+
+def constant(run, name):
+    return {name: 1.0}
+
+
+def two_measures():
+    return ({name: partial(constant, name=name)} for name in ("a", "b"))
+
+
+def test_a_setting_may_be_measured_more_without_training_again(tmp_path, script):
+    one, two = two_measures()
     jobs.measured({"lr": 1}, tmp_path, one)
-    assert jobs.measured({"lr": 1}, tmp_path, one | two) == {"a": 1.0, "b": 1.0}
-    assert len(trained) == 1
+    found = jobs.measured({"lr": 1}, tmp_path, one | two)
+    assert {name: row["numbers"] for name, row in found.items()} == {"a": {"a": 1.0},
+                                                                    "b": {"b": 1.0}}
+    assert len(script) == 1
+
+
+class InThisProcess:
+    """ProcessPoolExecutor's place."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_what_the_record_has_is_not_run_again_and_a_run_of_two_rows_is_made_once(
+        tmp_path, script, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
+    (one, two), record = two_measures(), tmp_path / "out" / "measured.jsonl"
+    todo = {"usual": ({"lr": 1}, tmp_path / "lr=1", one), "again": ({"lr": 1}, tmp_path / "lr=1",
+                                                                    two),
+            "other": ({"lr": 2}, tmp_path / "lr=2", one)}
+    assert len(jobs.missing(todo, record)) == 2
+    assert jobs.estimate(jobs.missing(todo, record), record, 2) == (
+        "how long they take is not known yet")
+    expected = {"usual": {"a": 1.0}, "again": {"b": 1.0}, "other": {"a": 1.0}}
+    assert jobs.all_measured(todo, 2, record=record) == expected
+    assert len(script) == 2
+    rows = [row for _, row in jsons.read_records(record)]
+    assert sorted((row["run"], row["measure"]) for row in rows) == [
+        ("lr=1", "a"), ("lr=1", "b"), ("lr=2", "a")]
+    assert all(row["numbers"] == {row["measure"]: 1.0} for row in rows)
+    for folder in ("lr=1", "lr=2"):
+        shutil.rmtree(tmp_path / folder)
+    assert jobs.all_measured(todo, 2, record=record) == expected and len(script) == 2
+    assert len(list(jsons.read_records(record))) == 3, "and nothing is noted twice"
+    record.write_text("".join(json.dumps(row | {"seconds": 90}) + "\n" for row in rows))
+    more = {"third": ({"lr": 3}, tmp_path / "lr=3", one | {"b": None})}
+    assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 1 min 30 s"

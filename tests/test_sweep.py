@@ -90,9 +90,10 @@ def test_a_run_is_scored_with_its_adapter_and_the_base_without(run, monkeypatch)
 
 def test_what_is_scored_is_not_run_again_and_what_was_cut_short_is(tmp_path, monkeypatch):
     measures = {"scores_test": lambda run: {"split": "test"}}
-    (tmp_path / "scores_test.json").write_text(json.dumps(ROW))
+    there = {"scores_test": {"numbers": ROW, "seconds": 1}}
+    (tmp_path / "scores_test.json").write_text(json.dumps(there["scores_test"]))
     # nothing to train with: it would fail
-    assert jobs.measured({"aux": "none"}, tmp_path, measures) == ROW
+    assert jobs.measured({"aux": "none"}, tmp_path, measures) == there
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text("half a run")
     seen = []
@@ -100,15 +101,14 @@ def test_what_is_scored_is_not_run_again_and_what_was_cut_short_is(tmp_path, mon
     def main(flags):
         seen.append(flags)
         (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "log.jsonl").write_text('{"ms": 1500}\n{"ms": 500}\n')
     monkeypatch.setattr(jobs, "train_script", lambda: SimpleNamespace(main=main))
     measures |= {"scores_validation": lambda run: {"run": str(run)}}
     for _ in range(2):
         found = jobs.measured({"aux": "none", "lr": "1"}, tmp_path, measures)
-        assert found == ROW | {"run": str(tmp_path / "run")}
+        assert found == there | {"scores_validation": {"numbers": {"run": str(tmp_path / "run")},
+                                                       "seconds": 0}}
     assert seen == [["--aux", "none", "--lr", "1", "--out", str(tmp_path / "run")]], "once"
     assert not (tmp_path / "run" / "checkpoints").exists(), "what was cut short is gone"
-    assert float((tmp_path / "trained").read_text()) == 2.0
     (tmp_path / "trained").unlink()
     (tmp_path / "run" / "checkpoints" / "step-0000002").mkdir(parents=True)
     jobs.trained({"aux": "none"}, tmp_path)

@@ -51,7 +51,7 @@ def read_examples(path, questions=False):
 def each_example(path, questions=False):
     """read_examples one after the other."""
     for where, record in each_record(path):
-        example = _example(record, where)
+        example = as_example(record, where)
         if questions and not isinstance(example.prompt, str):
             raise ValueError(f"{where}: a question and an answer are needed here, not "
                              f"{len(example.prompt) + 1} messages")
@@ -171,7 +171,9 @@ def collate(examples, pad_id):
     return pad(ids, pad_id), pad(labels, IGNORE)
 
 
-def _example(record, where):
+def as_example(record, where="a record"):
+    """The Example of a record with the fields that a data file may have. ValueError, behind
+    `where`, for any other."""
     names = next((names for names in FIELDS if all(name in record for name in names)), None)
     if names is None and "messages" in record:
         return Example(*split_messages(record["messages"], where))

@@ -1,17 +1,19 @@
 """One run of train.py and what is measured of it, kept in a folder so that nothing is done twice.
 
     FOLDER/run/             train.py's run
-    FOLDER/trained          there once it has ended: how many seconds its steps took
-    FOLDER/<measure>.json   {column: number} of a measure
+    FOLDER/trained          there once it has ended
+    FOLDER/<measure>.json   what a measure found: {"numbers": {column: number}, "seconds": of work}
 
-Used by sweep.py, reproduce.py and real.py.
+A record has the numbers of all of them in one file: the tables are made from it, and what stands in
+it is not run again. Used by sweep.py, reproduce.py and real.py.
 """
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 import contextlib
 import importlib.util
 import json
 import multiprocessing
 import shutil
+from statistics import fmean as mean
 import sys
 import time
 
@@ -19,6 +21,8 @@ import torch
 
 from ..engine import system
 from ..files import jsons
+
+RECORD = "measured.jsonl"  # in docs/results: every number behind its pages
 
 
 def train_script():
@@ -58,45 +62,87 @@ def trained(flags, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "a") as text, contextlib.redirect_stdout(text):
             train_script().main(how)
-        records = [record for _, record in jsons.read_records(run / "log.jsonl")]
-        mark.write_text(f"{sum(r['ms'] for r in records) / 1000:.1f}\n")
+        mark.touch()
     return run
 
 
-def there(flags, folder, measures):
-    """Whether nothing is left to do."""
-    return all((folder / f"{name}.json").is_file() for name in measures)
-
-
 def measured(flags, folder, measures, threads=1):
-    """{column: number} of all measures, {name: function(run folder, or None for the base)}, of
-    one run; flags None: of the base. Only what is not there is trained and measured."""
+    """{measure: {"numbers", "seconds"}} of one run, measures being {name: function(run folder, or
+    None for the base)}; flags None: of the base. Only what is not there is trained and measured;
+    the first measure's seconds are the training's as well."""
     torch.set_num_threads(threads)
     found = {}
     for name, measure in measures.items():
-        file = folder / f"{name}.json"
+        file, started = folder / f"{name}.json", time.time()
         if not file.is_file():
             run = None if flags is None else trained(flags, folder)
             folder.mkdir(parents=True, exist_ok=True)
-            jsons.write_json(file, measure(run))
-        found |= jsons.read_json(file)
+            numbers = measure(run)
+            jsons.write_json(file, {"numbers": numbers, "seconds": round(time.time() - started)})
+        found[name] = jsons.read_json(file)
     return found
 
 
-def all_measured(todo, jobs, threads=1, name=lambda key: key):
+def recorded(record):
+    """{(run, measure): {"numbers", "seconds"}} of a record's lines; none without a file."""
+    if record is None or not record.is_file():
+        return {}
+    return {(row.pop("run"), row.pop("measure")): row for _, row in jsons.read_records(record)}
+
+
+def missing(todo, record):
+    """{run: (flags, folder, measures)}: what of {key: (flags, folder, measures)} is not in the
+    record, each run once."""
+    known, left = recorded(record), {}
+    for flags, folder, own in todo.values():
+        new = {m: own[m] for m in own if (folder.name, m) not in known}
+        if new:
+            earlier = left.get(folder.name, (None, None, {}))[2]
+            left[folder.name] = flags, folder, earlier | new
+    return left
+
+
+def estimate(left, record, jobs):
+    """"about 12 min 00 s", from what others took, or that it is not known."""
+    took = {}
+    for (_, measure), row in recorded(record).items():
+        took.setdefault(measure, []).append(row["seconds"])
+    wanted = [measure for *_, own in left.values() for measure in own]
+    if not all(measure in took for measure in wanted):
+        return "how long they take is not known yet"
+    return f"about {system.duration(sum(mean(took[m]) for m in wanted) / jobs)}"
+
+
+def all_measured(todo, jobs, threads=1, record=None):
     """{key: {column: number}} of {key: (flags, folder, measures)}, `jobs` at one time, each in a
-    process of its own; a line a new result on the standard error."""
-    started, own = time.time(), torch.get_num_threads()
-    found = {key: measured(*job, own) for key, job in todo.items() if there(*job)}
-    todo = {key: job for key, job in todo.items() if key not in found}
+    process of its own; a line a new result on the standard error.
+
+    record: a file of lines {"run", "measure", "numbers", "seconds"}, run being the folder's name.
+    What stands in it is not measured again, what is new is added: unlike the folders it can be
+    committed.
+    """
+    known, left, started = recorded(record), missing(todo, record), time.time()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {key: pool.submit(measured, *job, threads) for key, job in todo.items()}
+        pending = {pool.submit(measured, *job, threads): run for run, job in left.items()}
         try:
-            for i, (key, job) in enumerate(pending.items(), 1):
-                found[key] = job.result()
-                eta = system.duration((time.time() - started) / i * (len(todo) - i))
-                print(f"{i}/{len(todo)}  {name(key)}  ETA {eta}", file=sys.stderr, flush=True)
+            for i, job in enumerate(as_completed(pending), 1):
+                run = pending[job]
+                for measure, row in job.result().items():
+                    known[run, measure] = row
+                    note(record, run=run, measure=measure, **row)
+                eta = system.duration((time.time() - started) / i * (len(left) - i))
+                print(f"{i}/{len(left)}  {run}  ETA {eta}", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return found
+    return {key: {column: number for measure in own
+                  for column, number in known[folder.name, measure]["numbers"].items()}
+            for key, (_, folder, own) in todo.items()}
+
+
+def note(record, **line):
+    """Add a line to the record, if there is one."""
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with open(record, "a") as file:
+            file.write(json.dumps(line) + "\n")

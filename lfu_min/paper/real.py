@@ -2,9 +2,11 @@
 
     python -m lfu_min.paper.real gsm8k --model DIR --files DIR
 
-Fine-tunes on 200 examples of one data set (GSM8K or Dolly), then asks what was learned (nats a
-token of held-out answers) and what else was kept: PIQA, Wikipedia text, the other data set. Writes
-docs/results/real_NAME.md. An interrupted call goes on where it stopped when it is given again.
+Fine-tunes once over 200 short examples of one data set (GSM8K or Dolly), then asks what was learned
+(nats a token of held-out answers) and what else was kept: PIQA, Wikipedia text, the other data set.
+SFT with a seed of its own and three learning rates chooses one of them for all methods: the one
+that is best on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted
+call goes on where it stopped when it is given again.
 
 Files, in --files: gsm8k_train.jsonl, gsm8k_test.jsonl, dolly_3k.json, piqa_valid.jsonl,
 piqa_valid_labels.lst, wikipedia_30.txt (another model or selection takes the same names).
@@ -25,69 +27,112 @@ from ..scoring.runs import Run, each_model
 from . import jobs, measures, report
 from .experiments import Experiment
 
-EXAMPLES, STEPS, BATCH, MAX_LEN = 200, 100, 4, 512  # two epochs
-HELD_OUT, SOLVED, CHOICES, LINES = 300, 50, 400, 4  # of the measures; Wikipedia: articles
-RATES = ("2e-4", "5e-4", "1e-3")  # of SFT; the others take the middle one
+EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen once
+VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
+RATES = ("2e-4", "5e-4", "1e-3")
+TUNING_SEED = 100  # used for nothing else
 METHODS = {"SFT": {"aux": "none"}, "NEFTune": {"method": "neftune"}, "SAM": {"method": "sam"},
            "LfU-lora": {"aux": "lora"}, "LfU-reps": {"aux": "reps"}, "LfU-inplace":
            {"aux": "inplace"}}
-ROWS = {name: flags | {"lr": RATES[1]} for name, flags in METHODS.items()} | {
-    f"SFT at {lr}": {"aux": "none", "lr": lr} for lr in (RATES[0], RATES[2])}
 COLUMNS = ("learned nll", "right", "piqa acc", "piqa margin", "wikipedia bits", "other nll",
-           "ms a step", "consistency_share", "gradient_cosine", "first movement")
+           "consistency_share", "gradient_cosine", "first movement")
 NAMES = {"gsm8k": "200 GSM8K problems; the other set is Dolly",
          "dolly": "200 instructions of Dolly; the other set is GSM8K"}
 
 
-def split(name, files):
-    """(examples to train from, held-out ones) of a data set, as records."""
+def split(name, files, fits):
+    """{part: records} of a data set, of the examples for which fits(record) is true: train,
+    validation (choose the learning rate), held-out."""
+    def some(file):
+        rows = [row for _, row in jsons.read_records(files / file) if fits(row)]
+        random.Random(0).shuffle(rows)
+        return rows
     if name == "gsm8k":
-        return [[row for _, row in jsons.read_records(files / f"gsm8k_{part}.jsonl")]
-                for part in ("train", "test")]
-    rows = [row for _, row in jsons.read_records(files / "dolly_3k.json")]
-    random.Random(0).shuffle(rows)
-    return rows[HELD_OUT:], rows[:HELD_OUT]
+        rows, held_out = some("gsm8k_train.jsonl"), some("gsm8k_test.jsonl")[:HELD_OUT]
+    else:
+        rows = some("dolly_3k.json")
+        held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
+    return {"train": rows[VALIDATION:], "validation": rows[:VALIDATION], "held-out": held_out}
 
 
-def scores(run, model, name, files, held_out):
-    """What a run learned and kept, {column: number}; run None: the model itself. Shares in per
-    cent, losses in nats a token, the margin in nats a question. held_out: {data set: file}."""
+def parts(name, s):
+    """{part: file} of split(), written unless they are there."""
+    files = {part: s.runs / "data" / f"{name}-{part}.jsonl"
+             for part in ("train", "validation", "held-out")}
+    if not all(file.is_file() for file in files.values()):
+        tokenizer = load_tokenizer(s.model)
+        rows = split(name, s.files, lambda row: len(data.encode_example(
+            tokenizer, data.as_example(row))[0]) <= MAX_LEN)
+        for part, file in files.items():
+            jobs.data_file(file, rows[part])
+    return files
+
+
+def nll(model, tokenizer, file, count=None):
+    """Nats a token of the answers in a file."""
+    docs = data.read_examples(file)
+    return tasks.nll(model, tokenizer, docs, tasks.Options(batch_size=8), count=count)[0][0].value
+
+
+def loaded(run, model):
+    """(model, tokenizer) of a run; run None: of the model itself."""
     _, trained = next(each_model(model, [Run(str(run), run)], "cpu", torch.float32))
-    tokenizer, options = load_tokenizer(model), tasks.Options(batch_size=8)
+    return trained, load_tokenizer(model)
 
-    def nll(other):
-        docs = data.read_examples(held_out[other])[:HELD_OUT]
-        return tasks.nll(trained, tokenizer, docs, options)[0][0].value
-    other, = NAMES.keys() - {name}
+
+def scores(run, model, files, held_out, other):
+    """What a run learned and kept, {column: number}; run None: the model itself. Shares in per
+    cent, losses in nats a token, the margin in nats a question. held_out, other: files."""
+    trained, tokenizer = loaded(run, model)
+    options = tasks.Options(batch_size=8, max_new_tokens=128)
     solved, _ = tasks.gsm8k(trained, tokenizer, tasks.read_gsm8k(files / "gsm8k_test.jsonl"),
                             options, count=SOLVED)
     piqa = tasks.read_piqa(files / "piqa_valid.jsonl", files / "piqa_valid_labels.lst")
     accuracy, rows = tasks.choice(trained, tokenizer, piqa, options, "piqa", CHOICES)
     margins = [(1 - 2 * row["gold"]) * (row["loglikelihoods"][0] - row["loglikelihoods"][1])
                for row in rows]
-    text = tasks.read_lines(files / "wikipedia_30.txt")
-    bits = tasks.perplexity(trained, tokenizer, text, options, count=LINES)[0][1]
-    return {"learned nll": nll(name), "other nll": nll(other),
+    text = "".join(tasks.read_lines(files / "wikipedia_30.txt"))[:CHARACTERS]
+    bits = tasks.perplexity(trained, tokenizer, [text], options)[0][1]
+    return {"learned nll": nll(trained, tokenizer, held_out),
+            "other nll": nll(trained, tokenizer, other, OTHERS),
             "right": 100 * solved[1].value, "piqa acc": 100 * accuracy[0].value,
             "piqa margin": mean_result("piqa", "margin", margins).value,
             "wikipedia bits": bits.value}
 
 
-def job(setting, seed, name, s):
-    """(flags, folder, measures) of jobs.py for one setting and seed; setting None: the model."""
-    held_out = {each: jobs.data_file(s.runs / "data" / f"{each}-held-out.jsonl",
-                                     split(each, s.files)[1]) for each in NAMES}
-    measure = {"scores": partial(scores, model=s.model, name=name, files=s.files,
-                                 held_out=held_out)}
+def validation(run, model, file):
+    """What chooses the learning rate: the loss on examples that are used for nothing else."""
+    return {"validation nll": nll(*loaded(run, model), file)}
+
+
+def job(setting, seed, name, s, more=()):
+    """(flags, folder, measures) of jobs.py for one setting and seed; setting None: the model.
+    more: further measures, functions of a run."""
+    own, (other,) = parts(name, s), NAMES.keys() - {name}
+    measure = dict(more) | {"scores": partial(
+        scores, model=s.model, files=s.files, held_out=own["held-out"],
+        other=parts(other, s)["held-out"])}
+    model = Path(s.model).resolve().name
     if setting is None:
-        return None, s.runs / f"{name} base", measure
-    rows = split(name, s.files)[0]
-    chosen = random.Random(seed).sample(rows, EXAMPLES)
+        return None, s.runs / f"{model} {name} base", measure
+    chosen = random.Random(seed).sample(
+        [row for _, row in jsons.read_records(own["train"])], EXAMPLES)
     file = jobs.data_file(s.runs / "data" / f"{name}-{seed}.jsonl", chosen)
-    folder = " ".join([name, *(f"{k}={v}" for k, v in setting.items()), f"seed={seed}"])
-    return ({"model": s.model, "data": file, "max-steps": STEPS, "batch-size": BATCH,
-             "accumulate": 1, "max-len": MAX_LEN, "save-every": 20, "seed": seed}
-            | setting, s.runs / folder, measure | {"log": partial(measures.log, split=None)})
+    words = {"examples": EXAMPLES, "batch-size": BATCH} | setting | {"seed": seed}
+    folder = " ".join([model, name, *(f"{k}={v}" for k, v in words.items())])
+    return ({"model": s.model, "data": file, "epochs": 1, "batch-size": BATCH, "accumulate": 1,
+             "max-len": MAX_LEN, "save-every": 10, "seed": seed} | setting,
+            s.runs / folder, measure | {"log": partial(measures.log, split=None)})
+
+
+def choose(name, s, record):
+    """(learning rate, {row: [numbers]}): the best of SFT's three, and their scores."""
+    more = {"validation": partial(validation, model=s.model, file=parts(name, s)["validation"])}
+    found = jobs.all_measured(
+        {lr: job(METHODS["SFT"] | {"lr": lr}, TUNING_SEED, name, s, more) for lr in RATES},
+        s.jobs, s.threads, record)
+    best = min(RATES, key=lambda lr: found[lr]["validation nll"])
+    return best, {f"SFT at {lr}, seed {TUNING_SEED}": [found[lr]] for lr in RATES}
 
 
 def main(argv=None):
@@ -104,17 +149,20 @@ def main(argv=None):
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
                    default="0,1,2", help="training seeds")
     s = p.parse_args(argv)
-    s.runs = s.runs / Path(s.model).resolve().name  # one model's runs do not stand for another's
+    record = s.out / jobs.RECORD
+    # one model's runs and data do not stand for another's
+    s.runs = s.runs / Path(s.model).resolve().name
+    best, rates = choose(s.name, s, record)
     todo = {("base", 0): job(None, 0, s.name, s)} | {
-        (row, seed): job(setting, seed, s.name, s) for seed in s.seeds
-        for row, setting in ROWS.items()}
-    found = jobs.all_measured(todo, s.jobs, s.threads, name=str)
+        (row, seed): job(setting | {"lr": best}, seed, s.name, s) for seed in s.seeds
+        for row, setting in METHODS.items()}
+    found = jobs.all_measured(todo, s.jobs, s.threads, record)
     by = {"base": [found["base", 0]]} | {row: [found[row, seed] for seed in s.seeds]
-                                         for row in ROWS}
-    experiment = Experiment(NAMES[s.name], None, (), COLUMNS)
+                                         for row in METHODS} | rates
+    experiment = Experiment(f"{NAMES[s.name]}; learning rate {best}", None, (),
+                            ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
     text = report.page(f"real_{s.name}", experiment, by, s.seeds, None, command)
-    s.out.mkdir(parents=True, exist_ok=True)
     (s.out / f"real_{s.name}.md").write_text(text)
     print(text)
     return text

@@ -60,10 +60,11 @@ def job(setting, seed, names, folder):
     source = flags.pop("data", "word_problems_train")
     examples = flags.pop("examples", grid.EXAMPLES)
     steps = grid.EXAMPLES * grid.EPOCHS // grid.BATCH
-    name = " ".join(f"{k}={v}" for k, v in sorted(setting.items())) + f" seed={seed}"
+    flags = {"max-steps": steps, "batch-size": grid.BATCH} | flags
+    words = sorted((flags | {"data": source, "examples": examples}).items())
+    name = " ".join(f"{k}={v}" for k, v in words) + f" seed={seed}"
     file = subset(folder, source, examples, seed)
-    return ({"max-steps": steps, "batch-size": grid.BATCH} | flags | {"seed": seed, "data": file},
-            folder / name, chosen)
+    return flags | {"seed": seed, "data": file}, folder / name, chosen
 
 
 def run(experiment, s):
@@ -72,24 +73,13 @@ def run(experiment, s):
     base = {"base": job(None, 0, experiment.measures, s.runs)} if experiment.base else {}
     todo = base | {(name, seed): job(setting, seed, experiment.measures, s.runs)
                    for seed in seeds for name, setting in rows.items()}
-    done = sum((folder / f"{name}.json").is_file() for _, folder, own in todo.values()
-               for name in own)
-    wanted = sum(len(own) for *_, own in todo.values())
-    print(f"{len(todo)} runs, {done} of {wanted} measurements are there already"
-          + estimate(todo, s), flush=True)
-    found = jobs.all_measured(todo, s.jobs, s.threads, name=str)
+    record = s.out / jobs.RECORD
+    left = jobs.missing(todo, record)
+    print(f"{len(todo)} rows and seeds, {len(left)} runs to make or measure: "
+          f"{jobs.estimate(left, record, s.jobs)}", flush=True)
+    found = jobs.all_measured(todo, s.jobs, s.threads, record)
     by = {"base": [found["base"]]} if base else {}
     return by | {name: [found[name, seed] for seed in seeds] for name in rows}
-
-
-def estimate(todo, s):
-    """"; about 12 min", from how long the runs took that are there; "" where none is."""
-    missing = [folder for _, folder, _ in todo.values() if not (folder / "trained").is_file()]
-    took = [float((folder / "trained").read_text()) for folder in s.runs.glob("*")
-            if (folder / "trained").is_file()]
-    if not missing or not took:
-        return ""
-    return f"; about {system.duration(len(missing) * sum(took) / len(took) / s.jobs)}"
 
 
 def tuned():
