@@ -14,7 +14,7 @@ import torch
 
 from . import files, pretrain, vocabulary
 from ..bundled import BUNDLED, CATEGORIES
-from ..engine.system import command_line
+from ..engine.system import check_positive, command_line
 from ..files.checkpoint import load_model, random_model
 from ..files.data import read_examples
 from ..files.jsons import read_records, written_aside
@@ -49,10 +49,7 @@ def parse_args(argv):
     parser.add_argument("--no-test", action="store_true",
                         help="skip the table of test scores at the end")
     args = parser.parse_args(argv)
-    for name in ("steps", "lr", "threads", "save_every", "eval_every"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be "
-                             "positive")
+    check_positive(args, ("steps", "lr", "threads", "save_every", "eval_every"))
     return args
 
 
