@@ -102,11 +102,8 @@ def steps(text):
 
 
 def checked(s):
-    for name in ("limit", "batch_size", "max_new_tokens", "window", "stride", "attack_batch_size",
-                 "attack_lr", "noise_strength"):
-        value = getattr(s, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+    system.check_positive(s, ("limit", "batch_size", "max_new_tokens", "window", "stride",
+                              "attack_batch_size", "attack_lr", "noise_strength"))
     if s.few_shot < 0 or not 0 <= s.temperature < math.inf:
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
     if not 0 < s.top_p <= 1:
@@ -275,7 +272,7 @@ def measure(s, todo, loaded, tokenizer, templates, panels, examples):
             options = tasks.Options(
                 few_shot=s.few_shot, seed=s.seed, template=templates[run.name],
                 max_new_tokens=s.max_new_tokens, batch_size=s.batch_size, window=s.window,
-                stride=s.stride, on_progress=tables.progress(f"{run.name}: {step.label}"))
+                stride=s.stride, on_progress=system.progress(f"{run.name}: {step.label}"))
             try:
                 results, rows = step.measure(model, tokenizer, options=options)
             except ValueError as error:

@@ -32,7 +32,6 @@ class LoRALinear(Linear):
         self.lora_A = self.lora_B = None  # trained: Parameters (r, in) and (out, r)
         self.aux_A = self.aux_B = None  # auxiliary: plain tensors, no optimizer or file sees them
         self.r, self.lora_alpha = 0, 0
-        self.enabled = True  # False: the base weight alone
 
     @property
     def scaling(self):
@@ -41,7 +40,7 @@ class LoRALinear(Linear):
     def forward(self, x):  # (..., in) -> (..., out)
         A = [a for a in (self.lora_A, self.aux_A) if a is not None]
         B = [b for b in (self.lora_B, self.aux_B) if b is not None]
-        if not A or not self.enabled:
+        if not A:
             return super().forward(x)
         # One branch for both: [A; A_aux] (R, in), [B, B_aux] (out, R), R = r or r + r_aux.
         A, B = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))
@@ -125,19 +124,6 @@ def remove_lora(model):
         for shared in ("weight", "bias", "matmul_dtype"):
             setattr(linear, shared, getattr(module, shared))
         replace_module(model, name, linear)
-
-
-@contextmanager
-def lora_disabled(model):
-    """Inside the `with` block the model is its base, bit for bit."""
-    modules = [(module, module.enabled) for _, module in lora_modules(model)]
-    for module, _ in modules:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module, enabled in modules:
-            module.enabled = enabled
 
 
 @contextmanager

@@ -31,7 +31,7 @@ DEEPER = replace(CONFIG, num_hidden_layers=2)
 def real_step(counter, config, aux, tune, dtype, checkpointing):
     with counter:
         model = count.prepared_model(config, tune, dtype, checkpointing)
-        count.step(model, count.half_supervised(2, 24, dtype), aux)
+        count.STEPS[aux](model, count.half_supervised(2, 24, dtype))
     return counter
 
 
@@ -48,7 +48,7 @@ def slow(*values):
                                                 ("inplace", False)])
 def test_counting_and_running_agree_to_the_byte(aux, checkpointing, tune, config, dtype):
     """And on the FLOPs, which torch's own counter takes of the real step."""
-    flops, peak = count.count_step(config, aux, 2, 24, tune, dtype, checkpointing)
+    _, flops, peak = count.count_step(config, count.STEPS[aux], 2, 24, tune, dtype, checkpointing)
     step = config, aux, tune, dtype, checkpointing
     assert peak == real_step(count.Meter(), *step).peak
     assert flops == real_step(FlopCounterMode(display=False), *step).get_total_flops()
@@ -60,7 +60,7 @@ def test_the_counted_step_is_the_benchmarks():
     batches = bench.make_batches(CONFIG, 2, 2, 24, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         bench.our_step(model, "lora")(*batches)
-    assert count.count_step(CONFIG, "lora", 2, 24)[0] == counter.get_total_flops()
+    assert count.count_step(CONFIG, count.STEPS["lora"], 2, 24)[1] == counter.get_total_flops()
 
 
 def test_bytes_are_counted_once_and_until_they_are_freed():
@@ -78,7 +78,7 @@ def test_bytes_are_counted_once_and_until_they_are_freed():
 
 
 def peak(aux="lora", tokens=24, config=CONFIG, dtype=torch.float16, **how):
-    return count.count_step(config, aux, 2, tokens, dtype=dtype, **how)[1]
+    return count.count_step(config, count.STEPS[aux], 2, tokens, dtype=dtype, **how)[2]
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_a_process_grows_by_what_was_counted():
     config = bench.SHAPES["SmolLM2-135M"]
     model = count.fresh_model(config, torch.float32)
     weights = sum(p.nbytes for p in model.parameters()) / 2**20
-    counted = count.count_step(config, "lora", 4, 200)[1] / 2**20 - weights
+    counted = count.count_step(config, count.STEPS["lora"], 4, 200)[2] / 2**20 - weights
     print(f"counted {counted:.0f} MiB beside the weights; the process grew by "
           f"{after - before:.0f} MiB")
     assert 0.95 < (after - before) / counted < 1.15
@@ -164,6 +164,6 @@ def test_a_gpu_allocates_about_what_was_counted(checkpointing):
         model = count.prepared_model(config, "lora", torch.float16, checkpointing)
     torch.cuda.reset_peak_memory_stats()
     bench.our_step(model, "lora")(*bench.make_batches(config, 2, 4, 512, device))
-    counted = count.count_step(config, "lora", 4, 512, dtype=torch.float16,
-                               checkpointing=checkpointing)[1]
+    counted = count.count_step(config, count.STEPS["lora"], 4, 512, dtype=torch.float16,
+                               checkpointing=checkpointing)[2]
     assert 0.85 < torch.cuda.max_memory_allocated() / counted < 1.15

@@ -320,19 +320,19 @@ def test_pictures_and_runs_of_the_documents_are_ignored_by_git():
     assert done.stdout.split() == names
 
 
-def test_encoding_says_how_far_it_is_after_two_seconds(monkeypatch, capsys):
+def test_encoding_says_how_far_it_is_every_30_seconds(monkeypatch, capsys):
+    """Where no person looks on; on a terminal, in place and more often."""
     now = [100.0]
-    monkeypatch.setattr(log.time, "time", lambda: now[0])
+    monkeypatch.setattr(system.time, "time", lambda: now[0])
     report = log.encoding()
-    for done, seconds in enumerate((100, 101.9, 102.1, 103, 112, 112.2, 120), 1):
+    for done, seconds in enumerate((100, 129, 131, 150, 162), 1):
         now[0] = seconds
         report(1000 * done, 9000)
-    assert capsys.readouterr().err == ("encoding the data: 3,000 of 9,000 examples\n"
-                                       "encoding the data: 6,000 of 9,000 examples\n")
+    assert capsys.readouterr().err == (
+        "encoding the data 3000/9000, 96.8/s, ETA 1 min 02 s\n"
+        "encoding the data 5000/9000, 80.6/s, ETA 50 s\n")
     monkeypatch.setenv("RANK", "1")
-    now[0] = 200
-    report(8000, 9000)
-    assert capsys.readouterr().err == ""
+    assert log.encoding() is None
 
 
 BAD = [

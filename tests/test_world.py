@@ -4,6 +4,7 @@ or sum is in the pretraining stream; the committed files are exactly what the ge
 folder loads; and (slow) the bundled model answers at least 90 % of the unseen test questions of
 every category exactly. No tolerance: everything is compared exactly.
 """
+import contextlib
 from itertools import islice
 import json
 import re
@@ -14,8 +15,7 @@ import torch
 import lfu_min
 from lfu_min.bundled import BUNDLED, CATEGORIES
 from lfu_min.files.data import encode_example, Example, prompt_ids, read_examples
-from lfu_min.world import files, pretrain, questions, vocabulary
-from lfu_min.world.__main__ import main as world_main, scores
+from lfu_min.world import __main__ as world, files, pretrain, questions, vocabulary
 
 
 def rows(name):
@@ -289,11 +289,20 @@ def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
 
 
 @pytest.mark.slow
-def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path):
-    for out, commands in (("whole", [[]]), ("parts", [["--stop-at", "2"], []])):
-        for extra in commands:
-            world_main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1",
-                        "--eval-every", "100", "--no-test", *extra])
+def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    step, taken = pretrain.train_step, []
+
+    def interrupted(*args):
+        taken.append(1)
+        if len(taken) == 6:  # the third step of the second run
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(pretrain, "train_step", interrupted)
+    monkeypatch.setattr(world, "scores", lambda *args: {})
+    for out, end in (("whole", None), ("parts", KeyboardInterrupt), ("parts", None)):
+        with pytest.raises(end) if end else contextlib.nullcontext():
+            world.main(["--out", str(tmp_path / out), "--steps", "3", "--save-every", "1"])
+    assert len(taken) == 7, "what was done is not done again"
     whole, parts = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["model"]
                     for out in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -302,7 +311,7 @@ def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path):
 @pytest.mark.slow
 def test_the_bundled_model_answers_90_percent_of_unseen_questions(tokenizer):
     model, lines = lfu_min.load_model(BUNDLED, dtype=torch.float32), []
-    found = scores(model, tokenizer, BUNDLED, "test", lines.append)  # as the command says it
+    found = world.scores(model, tokenizer, BUNDLED, "test", lines.append)  # as the command says it
     assert len(lines) == len(found) == 4
     for category, percent in found.items():
         docs = read_examples(BUNDLED / "data" / f"{category}_test.jsonl")

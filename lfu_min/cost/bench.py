@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 import time
 
@@ -21,12 +20,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import peers
-from .count import count_step, fresh_model, prepare
+from .count import STEPS, count_step, fresh_model, prepare
 from ..engine import system
 from ..files import checkpoint, data, jsons, tokenizer
 from ..methods import AUXILIARIES, lfu_backward
 from ..model import LlamaConfig
 from ..scoring.generate import generate
+from ..scoring.tables import check_output
 
 TIED = dict(tie_word_embeddings=True)
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
@@ -89,8 +89,8 @@ def get_settings(argv=None):
     for name, least in (("batch", 1), ("tokens", 2), ("repeats", 1)):
         if getattr(s, name) < least:
             raise ValueError(f"--{name} {getattr(s, name)} should be at least {least}")
-    if s.json and not Path(s.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {s.json}: the folder {Path(s.json).parent} does not exist")
+    if s.json:
+        check_output("--json", s.json)
     if s.evaluation and not s.model:
         raise ValueError("--evaluation needs --model: random weights have no tokenizer")
     s.cases = ["sft"] + [case for case in s.cases if case != "sft"]  # the ratios need it
@@ -278,8 +278,8 @@ def count(s):
     print(f"{heading(s)}; counted, not run (may take {wait})\n"
           f"{'case':10} {'TFLOP':>9} {'x sft':>7} {'peak GiB':>9}", flush=True)
     for case in cases:
-        flops, peak = count_step(s.config, OURS[case], s.batch, s.tokens, s.tune, s.torch_dtype,
-                                 s.activation_checkpointing)
+        _, flops, peak = count_step(s.config, STEPS[OURS[case]], s.batch, s.tokens, s.tune,
+                                    s.torch_dtype, s.activation_checkpointing)
         tflop, gib = flops / 1e12, peak / 2**30
         ratio = tflop / rows["sft"]["tflop"] if rows else 1.0
         rows[case] = dict(tflop=tflop, ratio_to_sft=ratio, peak_gib=gib)

@@ -7,6 +7,7 @@ computed and nothing allocated, so a laptop can tell in half a minute whether an
 GPU. tests/test_count.py checks that a real step on the CPU makes and keeps exactly the same bytes.
 A GPU differs a little: other kernels, their workspaces, rounded blocks.
 """
+from functools import partial
 import sys
 import weakref
 
@@ -86,23 +87,26 @@ def half_supervised(batch, tokens, dtype):
     return Batch(ids, ids.flatten()[:N], ids.flatten()[:N], N, scale)
 
 
-def step(model, batch, aux):
-    return sft_step(model, batch) if aux == "none" else lfu_step(model, batch, AUXILIARIES[aux])
+STEPS = {"none": sft_step, **{aux: partial(lfu_step, auxiliary=kind)
+                              for aux, kind in AUXILIARIES.items()}}
 
 
-def count_step(config, aux="lora", batch=4, tokens=512, tune="lora", dtype=torch.float32,
+def count_step(config, step=lfu_step, batch=4, tokens=512, tune="lora", dtype=torch.float32,
                checkpointing=False):
-    """(FLOPs of the matrix products, peak bytes of all tensors) of one step, both passes.
+    """(forwards, FLOPs of the matrix products, peak bytes of all tensors) of one step
+    step(model, batch): of STEPS, or another.
 
     batch x tokens ids, half of them supervised. dtype: of the matrix products, and of frozen
     weights. The bytes are weights, adapter, gradients and activations, without AdamW's state
     (8 bytes a trained weight). Attention's own products are not among the FLOPs, as torch does not
     count its CPU kernel.
     """
+    forwards = []
     with FakeTensorMode(), Meter() as meter:
         model = prepared_model(config, tune, dtype, checkpointing)
-        step(model, half_supervised(batch, tokens, dtype), aux)
-    return meter.flops, meter.peak
+        model.model.norm.register_forward_hook(lambda *args: forwards.append(1))
+        step(model, half_supervised(batch, tokens, dtype))
+    return len(forwards), meter.flops, meter.peak
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def leave():
 @torch.no_grad()
 def add_up(tensors):
     """Sum each tensor over all processes, in place, in one message."""
-    if not dist.is_initialized() or not tensors:
+    if not dist.is_initialized():
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)

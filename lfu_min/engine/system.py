@@ -4,6 +4,7 @@ Called by the scripts (train.py, eval.py, sweep, bench); nothing of LfU is in he
 """
 import argparse
 from contextlib import contextmanager
+import math
 import os
 from pathlib import Path
 import platform
@@ -26,6 +27,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(f"{message} ({self.prog} --help lists all flags)")
+
+
+def flag(name):
+    """"batch_size" -> "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+def check_positive(s, names, below=math.inf):
+    """Raise ValueError naming the first of these settings that is given, but no positive number."""
+    for name in names:
+        value = getattr(s, name)
+        if value is not None and not 0 < value < below:
+            raise ValueError(f"{flag(name)} {value!s:.40} should be a positive number"
+                             + (f" below {below:,}" if below < math.inf else ""))
 
 
 def command_line(main):
@@ -167,3 +182,25 @@ def duration(seconds):
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def progress(title):
+    """An on_progress(done, total) that writes 'title 32/200, 3.1/s, ETA 54 s' to stderr: in place
+    on a terminal twice a second, else a line every 30 s."""
+    terminal = sys.stderr.isatty()
+    started = shown_at = time.time()
+    last = 0
+
+    def report(done, total):
+        nonlocal started, shown_at, last
+        now = time.time()
+        if done < last:  # the next part of the measure
+            started = now
+        last = done
+        if done and now - shown_at > (0.5 if terminal else 30):
+            speed = done / max(now - started, 1e-9)
+            print(f"{title} {done}/{total}, {speed:.1f}/s, ETA {duration((total - done) / speed)}",
+                  end="   \r" if terminal else "\n", file=sys.stderr, flush=True)
+            shown_at = now
+
+    return report

@@ -7,7 +7,6 @@ logits from our files, and we from peft's.
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from .checkpoint import check_shapes, open_weights, read_shapes, save_model, write_tensors
 from .jsons import read_json, short, shown, write_json

@@ -376,9 +376,8 @@ def write_tensors(file, tensors):
             raise OSError(str(error)) from None
 
 
-def random_model(config, seed=0, std=0.02, dtype=torch.float32, device="cpu"):
-    """A Llama with normal(0, std) weights and gains of one: for pretraining, tests and
-    benchmarks."""
+def random_model(config, seed=0, std=0.02, dtype=torch.float32):
+    """A Llama with normal(0, std) weights and gains of one: for pretraining and tests."""
     generator = torch.Generator().manual_seed(seed)
     model = Llama(config)
     for name, parameter in model.named_parameters():
@@ -388,4 +387,4 @@ def random_model(config, seed=0, std=0.02, dtype=torch.float32, device="cpu"):
             torch.nn.init.normal_(parameter, 0.0, scale, generator=generator)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    return model.to(device=device, dtype=dtype)
+    return model.to(dtype)

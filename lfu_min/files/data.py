@@ -58,6 +58,12 @@ def each_example(path, questions=False):
         yield example
 
 
+def text_ids(tokenizer, text):
+    """The ids of a text, behind BOS where the tokenizer's own post-processor puts one (Llama 3)."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(text)
+
+
 def prompt_ids(tokenizer, prompt, template="plain"):
     """The ids in front of an answer, for training and for generation alike: prompt (str, or list of
     messages) -> list of ids.
@@ -75,8 +81,7 @@ def prompt_ids(tokenizer, prompt, template="plain"):
         raise ValueError(f"template {template!r} takes a question, not {len(prompt) + 1} messages: "
                          f"choose from {', '.join(CHAT)}")
     if template == "plain":
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(f"Question: {prompt}\nAnswer:")
+        return text_ids(tokenizer, f"Question: {prompt}\nAnswer:")
     if template == "alpaca":
         # Separately, because e.g. SmolLM2 has one token for "\n\n" that it does not use in front of
         # "###".

@@ -1,17 +1,15 @@
-"""The pictures of reproduce.py, with the looks of scoring/drawing.py: functions (path, {row:
-[{column: number}, one a seed]}) that write the picture. They need matplotlib."""
+"""The pictures of reproduce.py, drawn with scoring/drawing.py: functions (path, {row: [{column:
+number}, one a seed]}) that write the picture. They need matplotlib."""
 import numpy as np
 
-from ..scoring.drawing import (NARROW, WIDE, cut, dodge, faint, finish, look, picture, ticks,
-                               whiskered, write_beside)
+from ..scoring.drawing import (ANY, NARROW, PERCENT, WIDE, Line, curves, cut, faint, finish, groups,
+                               look, picture, ticks, whiskered, write_beside, zero_is_sft)
 from ..scoring.measures import mean_sd
-from ..scoring.pictures import PERCENT
 from .report import interval
 
 STYLE = {"NEFTune": "neftune", "GEM": "gem", "IM": "prompt", "SDFT": "sdft", "SAM": "sam",
          "L1": "l1", "L2": "l2", "logit KL": "logit_kl"}  # names of the paper -> of train.py
 SEEDS = "Means over {n} seeds; whiskers: standard deviation over seeds, faint: single seeds."
-ANY = (-1e9, 1e9)  # bounds of whiskers that may go anywhere
 PAIRED = "Paired differences to SFT, seed by seed; whiskers: 95 % interval over {n} seeds."
 
 
@@ -37,6 +35,12 @@ def of(found, column):
     return *mean_sd(values)[:2], values
 
 
+def line(style, x, cells):
+    """The Line of cells, one a place of x: each a column of a row, (found, column)."""
+    y, dy, seeds = zip(*(of(*cell) for cell in cells))
+    return Line(style, x, y, dy, list(zip(*seeds)) if len(seeds[0]) > 1 else [])
+
+
 def tradeoff(path, by):
     """What is learned against what is kept; a line a method, a point a learning rate."""
     drawn, labels = looks(by), []
@@ -58,7 +62,7 @@ def tradeoff(path, by):
         axis.set(xlabel="word problems, right answers (%)", xlim=np.clip(axis.get_xlim(), *PERCENT),
                  ylabel="mean of the other categories (%)", ylim=np.clip(axis.get_ylim(), *PERCENT))
         text = SEEDS.format(n=count(by)) if few else f"Means over {count(by)} seeds."
-        finish(fig, list(drawn.values()), text + " Up and to the right is better.", {axis: []})
+        finish(fig, list(drawn.values()), text + " Up and to the right is better.")
         if few:
             write_beside(axis, labels)
     return fig
@@ -66,21 +70,16 @@ def tradeoff(path, by):
 
 def examples(path, by):
     """Learned, and kept, over the number of examples."""
-    drawn = looks(by)
+    drawn, sizes = looks(by), list(dict.fromkeys(row.split(" n=")[1] for row in by))
     with picture(path, [NARROW, NARROW]) as (fig, axes):
         for axis, column, title in zip(axes, ("word problems", "category mean"),
                                        ("word problems (%)", "other categories (%)")):
-            for (name, style), shift in zip(drawn.items(), dodge(len(drawn), 0.2)):
-                rows = {int(row.split(" n=")[1]): found for row, found in by.items()
-                        if method_of(row) == name}
-                x = [i + shift for i in range(len(rows))]
-                y, dy, ys = zip(*(of(found, column) for found in rows.values()))
-                for seed in zip(*ys):
-                    faint(axis, x, seed, style)
-                whiskered(axis, x, y, style, dy, PERCENT)
-            ticks(axis, list(map(str, rows)))
+            curves(axis, [line(style, range(len(sizes)),
+                               [(by[f"{name} n={size}"], column) for size in sizes])
+                          for name, style in drawn.items()], PERCENT, share=0.2)
+            ticks(axis, sizes)
             axis.set(xlabel="examples", ylabel=title)
-        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)), {axis: [] for axis in axes})
+        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)))
     return fig
 
 
@@ -88,15 +87,15 @@ def attack(path, by):
     """Complied with, and the margin, over steps of the attack."""
     drawn = looks(by)
     with picture(path, [NARROW, NARROW]) as (fig, axes):
-        for axis, metric, title in zip(axes, ("compliance", "margin"),
-                                       ("complied with (%)", "margin (nats a token)")):
-            for name, style in drawn.items():
-                columns = [c for c in by[name][0] if c.startswith(metric)]
-                x = [int(c.split()[1]) for c in columns]
-                y, dy, _ = zip(*(of(by[name], c) for c in columns))
-                whiskered(axis, x, y, style, dy, PERCENT if metric == "compliance" else ANY)
+        for axis, metric, title, bounds in zip(axes, ("compliance", "margin"),
+                                               ("complied with (%)", "margin (nats a token)"),
+                                               (PERCENT, ANY)):
+            columns = [c for c in next(iter(by.values()))[0] if c.startswith(metric)]
+            steps = [int(c.split()[1]) for c in columns]
+            curves(axis, [line(style, steps, [(by[name], c) for c in columns])
+                          for name, style in drawn.items()], bounds)
             axis.set(xlabel="steps on examples that comply", ylabel=title)
-        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)), {axis: [] for axis in axes})
+        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)))
     return fig
 
 
@@ -105,29 +104,23 @@ def wordings(path, by):
     drawn = looks(by)
     columns = [c for c in next(iter(by.values()))[0] if "wordings" not in c]
     with picture(path, [WIDE]) as (fig, [axis]):
-        for (name, style), shift in zip(drawn.items(), dodge(len(drawn), 0.7)):
-            x = [i + shift for i in range(len(columns))]
-            y, dy, ys = zip(*(of(by[name], c) for c in columns))
-            for seed in zip(*ys):
-                faint(axis, x, seed, style, left=3)
-            whiskered(axis, x, y, style | {"linestyle": "none"}, dy, PERCENT)
-        ticks(axis, columns)
-        axis.set(ylabel="word problems (%)", ylim=PERCENT)
-        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)), {axis: []})
+        groups(axis, [line(style, range(len(columns)), [(by[name], c) for c in columns])
+                      for name, style in drawn.items()], columns, PERCENT)
+        axis.set(ylabel="word problems (%)")
+        finish(fig, list(drawn.values()), SEEDS.format(n=count(by)))
     return fig
 
 
 def noise(path, by):
     """Cosine of clean and noised states by layer, as paired differences to SFT."""
-    drawn = {name: style for name, style in looks(by).items() if name not in ("SFT", "base")}
+    drawn, layers = looks(by), range(1, 7)
+    lines = []
+    for name in [name for name in drawn if name not in ("SFT", "base")]:
+        y, dy = zip(*(interval([ours[f"layer {l}"] - sft[f"layer {l}"] for ours, sft in
+                                zip(by[name], by["SFT"])]) for l in layers))
+        lines.append(Line(drawn[name], layers, y, dy, []))
     with picture(path, [NARROW], 2.4) as (fig, [axis]):
-        for (name, style), shift in zip(drawn.items(), dodge(len(drawn), 0.4)):
-            y, dy = zip(*(interval([ours[f"layer {l}"] - sft[f"layer {l}"] for ours, sft in
-                                    zip(by[name], by["SFT"])]) for l in range(1, 7)))
-            whiskered(axis, [l + shift for l in range(1, 7)], y, style, dy, ANY)
-        sft = look("SFT", "SFT", ())
-        axis.axhline(0, color=sft["color"], linewidth=1, zorder=1)
+        curves(axis, lines)
         axis.set(xlabel="layer", ylabel="cosine, difference to SFT")
-        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
-        finish(fig, [*drawn.values(), sft], PAIRED.format(n=count(by)), {axis: []})
+        finish(fig, [*(one.look for one in lines), zero_is_sft(axis)], PAIRED.format(n=count(by)))
     return fig

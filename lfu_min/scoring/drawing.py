@@ -1,18 +1,21 @@
 """The parts of every picture: colours, the figure and its files, points with whiskers, and names
-beside lines and points. What is drawn with them is in pictures.py.
+beside lines and points. What is drawn with them is in pictures.py (eval.py --plot) and in
+paper/figures.py.
 
 A method has one colour and one marker everywhere. Colours are Okabe and Ito's, which colour-blind
 people can tell apart; grey is the base. matplotlib is imported only to draw.
 """
 from contextlib import contextmanager
-from itertools import product
-from math import ceil
+from itertools import pairwise, product
+from math import ceil, inf
 from pathlib import Path
 from statistics import fmean
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 
+PERCENT, ANY = (0, 100), (-inf, inf)  # bounds of points and whiskers
 STYLES = {  # method: (colour, marker)
     "base": ("#7F7F7F", "s"), "SFT": ("#D55E00", "o"), "LfU-lora": ("#0072B2", "^"),
     "LfU-reps": ("#009E73", "D"), "LfU-inplace": ("#CC79A7", "v"), "neftune": ("#E69F00", "P"),
@@ -58,6 +61,43 @@ def picture(path, widths, height=1.9):
         fig.savefig(Path(path).with_suffix(".pdf"))
 
 
+class Line(NamedTuple):
+    """One method, or one of several settings, in a panel: a point a place."""
+    look: dict  # label, color, marker, linestyle, fillstyle
+    x: list
+    y: list
+    errors: list  # of the whiskers
+    singles: list  # the y of every single seed; empty where there is one
+
+
+def curves(axis, drawn, bounds=ANY, share=0.4):
+    """Draw [Line, ...], side by side within this share of the distance between two places."""
+    places = sorted({x for line in drawn for x in line.x})
+    distance = min((b - a for a, b in pairwise(places)), default=1)
+    for line, shift in zip(drawn, dodge(len(drawn), share * distance)):
+        x = [place + shift for place in line.x]
+        for y in line.singles:
+            faint(axis, x, y, line.look, left=3)
+        whiskered(axis, x, line.y, line.look, line.errors, bounds)
+    if bounds == PERCENT:
+        axis.set_ylim(PERCENT)
+
+
+def groups(axis, drawn, names, bounds=ANY):
+    """Draw [Line, ...] without lines, a group a name; x are the names' places, 0, 1, 2, ..."""
+    curves(axis, [line._replace(look=line.look | {"linestyle": "none"}) for line in drawn],
+           bounds, share=0.7)
+    ticks(axis, names)
+
+
+def zero_is_sft(axis):
+    """Of differences to SFT: the line at zero, under its name. Returns its look."""
+    sft = look("SFT", "SFT", ())
+    axis.axhline(0, color=sft["color"], linewidth=1, zorder=1)
+    axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+    return sft
+
+
 def dodge(count, width):
     """`count` shifts around 0 that share `width`, so that whiskers stand side by side."""
     return [width * (i - (count - 1) / 2) / count for i in range(count)]
@@ -95,18 +135,19 @@ def ticks(axis, names):
         axis.axvline(i - 0.5, color=LOOK["grid.color"], linewidth=0.5, zorder=0)
 
 
-def finish(fig, looks, caption, ends):
+def finish(fig, looks, caption, ends=None):
     """The caption below, and the names: beside their lines' right ends, or, where a panel has no
     lines or no room for that, in one legend above.
 
-    ends: {axis: [(look, height), ...]}, [] for a panel without lines.
+    ends: {axis: [(look, height), ...]}, [] for a panel without lines; None: a legend.
     """
     from matplotlib.lines import Line2D
     width = fig.get_figwidth()
     fig.supxlabel(textwrap.fill(caption, int(20 * width)), fontsize=7, color="#444444")
     fig.draw_without_rendering()  # places the axes
+    ends = ends or {}
     moves = {axis: moved_apart(axis, [y for _, y in found]) for axis, found in ends.items()}
-    if all(moves.values()):
+    if moves and all(moves.values()):
         for axis, found in ends.items():
             for (one, y), move in zip(found, moves[axis]):
                 axis.annotate(one["label"], (1, y), (3, move), va="center", color=one["color"],

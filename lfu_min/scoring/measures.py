@@ -66,12 +66,6 @@ def ratio_result(task, metric, sums, counts):
     return Result(task, metric, value, stderr, n)
 
 
-def begin(tokenizer):
-    """The ids in front of every text: BOS where the tokenizer's own post-processor adds one (Llama
-    3), else nothing."""
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
 def split_continuation(tokenizer, context, continuation):
     """(context ids, continuation ids) as the harness splits them: blanks at the end of the context
     move over, the whole and the context are encoded, and the continuation is what the whole has
@@ -87,9 +81,8 @@ def split_continuation(tokenizer, context, continuation):
         if first is None:
             raise ValueError("an empty context needs a BOS or EOS; the tokenizer names none")
         return [first], tokenizer.encode(continuation)
-    ids = begin(tokenizer) + tokenizer.encode(context)
-    whole = begin(tokenizer) + tokenizer.encode(context + continuation)
-    return ids, whole[len(ids):]
+    ids = data.text_ids(tokenizer, context)
+    return ids, data.text_ids(tokenizer, context + continuation)[len(ids):]
 
 
 @torch.no_grad()
@@ -190,7 +183,7 @@ def text_nats(model, tokenizer, text, window=1024, stride=None, batch_size=4, on
     stride = max(1, window // 2) if stride is None else stride
     if not 0 < stride < window:
         raise ValueError(f"stride {stride} should be between 1 and the window, {window}, less one")
-    ids = begin(tokenizer) + tokenizer.encode(text)
+    ids = data.text_ids(tokenizer, text)
     if len(ids) < 2:
         raise ValueError(f"a text of {len(ids)} tokens has none to predict: 2 are needed")
     pairs = [(ids[a:b], ids[b:c]) for a, b, c in windows(len(ids), window, stride)]

@@ -9,11 +9,30 @@ from math import inf, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
-from .drawing import AGAIN, NARROW, WIDE, dodge, faint, finish, look, picture, ticks, whiskered
+from .drawing import (AGAIN, ANY, NARROW, PERCENT, WIDE, Line, curves, finish, groups, look,
+                      picture, zero_is_sft)
 from .runs import method, short_names
-from .tables import check_output, over_seeds
+from .tables import SHARES, check_output, over_seeds
 
-PERCENT = (0, 100)
+
+class Panel(NamedTuple):
+    """What one axis shows: of what was measured as `kind`, the results of these metrics."""
+    kind: str  # last word of the title under which eval.py measured it
+    metrics: tuple
+    ylabel: str
+    xlabel: str = ""  # what the number in a task's name counts ("layer 3"); "": a group a task
+
+
+DIFFERENCES = "cosine - SFT"  # robustness.add_differences
+PANELS = (
+    Panel("scores", tuple(SHARES), "right answers (%)"),
+    Panel("scores", ("nll", "perplexity", "bits_per_byte"), "lower is better"),
+    Panel("wordings", ("exact_match", "exact_match mean", "strict-match", "strict-match mean"),
+          "right answers (%)"),
+    Panel("noise", ("cosine",), "cosine, clean and noised", "layer"),
+    Panel("noise", (DIFFERENCES,), "paired difference to SFT", "layer"),
+    Panel("attack", ("compliance",), "complied with (%)",
+          "steps of plain SFT on examples that comply"))
 
 
 class Column(NamedTuple):
@@ -39,38 +58,87 @@ def results(path, panels, columns):
     """Draw everything that eval.py measured, write it to `path`, and return the Figure.
 
     panels: {title: {run's name: results}}; the title's last word (scores, wordings, noise or
-    attack) says how it is drawn. columns: {column: [run, ...]}, a column's runs being its seeds.
+    attack) says which of PANELS show it. columns: {column: [run, ...]}, a column's runs being its
+    seeds.
     """
-    todo = [(width, draw, shown) for title, by_run in panels.items()
-            for kind, metrics, width, draw in PANELS if kind == title.split()[-1]
-            and (shown := panel_columns(by_run, metrics, columns))]
-    with picture(path, [width for width, _, _ in todo]) as (fig, axes):
-        drawn = [draw(axis, shown) for axis, (_, draw, shown) in zip(axes, todo)]
-        finish(fig, list(column_looks(columns).values()),
-               caption(dict.fromkeys(note for note, _ in drawn), columns),
-               {axis: ends for axis, (_, ends) in zip(axes, drawn) if ends is not None})
+    todo = [(panel, shown) for title, by_run in panels.items() for panel in PANELS
+            if panel.kind == title.split()[-1]
+            and (shown := panel_columns(by_run, panel.metrics, columns))]
+    with picture(path, [NARROW if panel.xlabel else WIDE for panel, _ in todo]) as (fig, axes):
+        ends = {axis: draw(axis, *one) for axis, one in zip(axes, todo)}
+        finish(fig, list(column_looks(columns).values()), caption(todo, columns), ends)
     return fig
 
 
 def panel_columns(by_run, metrics, columns):
-    """[Column, ...] with the results of these metrics; columns that have none are left out."""
+    """[Column, ...] with the results of these metrics; columns that have none are left out, and so
+    is layer 0, the embedding itself."""
     looks = column_looks(columns)
-    found = {run: [r for r in every if r.metric in metrics] for run, every in by_run.items()}
+    found = {run: [r for r in every if r.metric in metrics and r.task != "layer 0"]
+             for run, every in by_run.items()}
     return [Column(looks[name], mean, [found[run.name] for run in columns[name]
                                        if len(columns[name]) > 1])
             for name, mean in over_seeds(found, columns).items() if mean]
 
 
-def caption(notes, columns):
+def draw(axis, panel, columns):
+    """Draw [Column, ...] into an axis. Returns where names can stand beside lines: [(look, height),
+    ...] of their right ends, [] where there are no lines."""
+    scale, bounds = (100, PERCENT) if panel.metrics[0] in SHARES else (1, ANY)
+    keys = list(dict.fromkeys((r.task, r.metric) for column in columns for r in column.results))
+    places = {key: int(key[0].split()[1]) if panel.xlabel else i for i, key in enumerate(keys)}
+    drawn = [Line(column.look, [places[r.task, r.metric] for r in column.results],
+                  [scale * r.value for r in column.results],
+                  [scale * r.stderr for r in column.results],
+                  [[scale * r.value for r in one] for one in column.singles])
+             for column in columns]
+    axis.set(ylabel=panel.ylabel, xlabel=panel.xlabel)
+    if not panel.xlabel:
+        if bounds == ANY:
+            bounds = losses(axis, drawn, [metric for _, metric in keys])
+        tasks = [task for task, _ in keys]
+        groups(axis, drawn, [f"{task} {metric}" if tasks.count(task) > 1 else task
+                             for task, metric in keys], bounds)
+        return []
+    ends = [(line.look, line.y[-1]) for line in drawn]
+    if DIFFERENCES in panel.metrics:  # their own standard error: over seeds where there are several
+        drawn = [line._replace(errors=[e / sqrt(len(line.singles) or 1) for e in line.errors])
+                 for line in drawn]
+        ends.append((zero_is_sft(axis), 0))
+    curves(axis, drawn, bounds)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    return ends
+
+
+def losses(axis, drawn, metrics):
+    """Name what is lower where it is better; a logarithmic axis where values are far apart. Returns
+    the bounds of whiskers."""
+    names = dict.fromkeys("NLL (nats a token)" if m == "nll" else m for m in metrics)
+    axis.set_ylabel(f"{' or '.join(names)},\nlower is better")
+    values = [y for line in drawn for one in (line.y, *line.singles) for y in one]
+    if not max(values) > 20 * min(values) > 0:
+        return 0, inf
+    low = min(values) / 2  # no whisker reaches the 0 of a logarithmic axis
+    axis.set(yscale="log", ylim=(low, 2 * max(values)))
+    return low, inf
+
+
+def caption(todo, columns):
     runs = [run for members in columns.values() for run in members]
-    text, whiskers = " ".join(notes), "one standard error"
+    counts = sorted({r.n for _, shown in todo for column in shown for r in column.results
+                     if "mean" not in r.task + r.metric})
+    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    whiskers, faint = "one standard error", ""
     if len(runs) > len(columns):
-        text += " Faint: single seeds."
         whiskers = "standard deviation over seeds (one run: standard error)"
+        faint = " Faint: single seeds."
+    text = f"n = {n} a point; whiskers: {whiskers}.{faint}"
+    if any(DIFFERENCES in panel.metrics for panel, _ in todo):
+        text += " Differences: whiskers are their own standard error, over seeds or texts."
     seeds = sorted({str(run.settings["seed"]) for run in runs if "seed" in run.settings})
     if seeds:
         text += f" Training seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}."
-    return text.replace("{whiskers}", whiskers)
+    return text
 
 
 def column_looks(columns):
@@ -85,127 +153,3 @@ def column_looks(columns):
         line, fill = AGAIN[alike.index(name) % len(AGAIN)]
         looks[name] = look(label, m, methods.values()) | dict(linestyle=line, fillstyle=fill)
     return looks
-
-
-# ---- panels. Each draws its columns into one axis and returns what the caption says about it, and
-# where names can stand beside lines: [(look, height), ...] of their right ends; [] where there are
-# no lines, None where the names stand in the panel already.
-
-def scores(axis, columns):
-    axis.set(ylabel="right answers (%)", ylim=PERCENT)
-    return in_groups(axis, columns, 100, PERCENT), []
-
-
-def losses(axis, columns):
-    metrics = sorted({r.metric for column in columns for r in column.results})
-    what = "answer NLL (nats a token)" if metrics == ["nll"] else " or ".join(metrics)
-    axis.set_ylabel(f"{what},\nlower is better")
-    values = [r.value for column in columns for rs in (column.results, *column.singles) for r in rs]
-    low = 0
-    if max(values) > 20 * min(values) > 0:
-        low = min(values) / 2  # no whisker reaches the 0 of a logarithmic axis
-        axis.set(yscale="log", ylim=(low, 2 * max(values)))
-    return in_groups(axis, columns, 1, (low, inf)), []
-
-
-def in_groups(axis, columns, scale, bounds):
-    """A group a measure, in it one point a column."""
-    keys = list(dict.fromkeys((r.task, r.metric) for column in columns for r in column.results))
-    several = len({metric for _, metric in keys}) > 1
-    for column, shift in zip(columns, dodge(len(columns), 0.7)):
-        x = [keys.index((r.task, r.metric)) + shift for r in column.results]
-        points(axis, column, x, scale, bounds, linestyle="none")
-    ticks(axis, [f"{task} {metric}" if several else task for task, metric in keys])
-    counts = sorted({r.n for column in columns for r in column.results if "mean" not in r.task})
-    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
-    return f"n = {n} a point; whiskers: {{whiskers}}."
-
-
-def wordings(axis, columns):
-    """Figure 5: a small point a wording, a large one at the mean with the deviation over them."""
-    metric, n = columns[0].results[0].metric, columns[0].results[0].n
-    hollow = ""
-    for i, column in enumerate(columns):
-        tasks = [r.task for r in column.results if r.metric == metric]
-        *places, last = [i + shift for shift in dodge(len(tasks) + 2, 0.8)]
-        for task, x in zip(tasks, places):
-            changes = {}
-            if "unseen" in task:
-                hollow, changes = ", hollow where it was never trained", dict(mfc="white")
-            points(axis, only(column, lambda r: (r.task, r.metric) == (task, metric)), [x], 100,
-                   PERCENT, whiskers=False, **changes)
-        sd = next(r.value for r in column.results if r.metric == f"{metric} sd")
-        mean = only(column, lambda r: r.metric == f"{metric} mean")
-        mean = mean._replace(results=[mean.results[0]._replace(stderr=sd)])
-        points(axis, mean, [last], 100, PERCENT, ms=5.5)
-    ticks(axis, [column.look["label"] for column in columns])
-    what = "right answers" if metric == "exact_match" else metric
-    axis.set(ylabel=f"{what} (%)", ylim=PERCENT)
-    return (f"Small: a wording ({n} questions){hollow}; large: mean and standard deviation over "
-            "wordings."), None
-
-
-def cosines(axis, columns):
-    """Figure 6: cosine of clean and noised states by layer; the embedding, layer 0, is left out."""
-    axis.set(ylabel="cosine, clean and noised")
-    return (f"{columns[0].results[0].n} texts; whiskers: {{whiskers}}.", by_layer(axis, columns))
-
-
-def differences(axis, columns):
-    """The same as paired differences to SFT, the zero line (robustness.add_differences), with their
-    own standard error: over seeds where there are several."""
-    own = [c._replace(results=[r._replace(stderr=r.stderr / sqrt(len(c.singles) or 1))
-                               for r in c.results]) for c in columns]
-    sft = look("SFT", "SFT", ())
-    axis.axhline(0, color=sft["color"], linewidth=1, zorder=1)
-    axis.set(ylabel="paired difference to SFT")
-    axis.ticklabel_format(axis="y", scilimits=(-2, 3))
-    over = "seeds (one run: texts)" if any(column.singles for column in columns) else "texts"
-    return (f"Differences: whiskers are their own standard error, over {over}.",
-            [*by_layer(axis, own), (sft, 0)])
-
-
-def by_layer(axis, columns):
-    columns = [only(column, lambda r: r.task != "layer 0") for column in columns]
-    for column, shift in zip(columns, dodge(len(columns), 0.4)):
-        points(axis, column, [int(r.task.split()[1]) + shift for r in column.results])
-    axis.set(xlabel="layer")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    return [(column.look, column.results[-1].value) for column in columns]
-
-
-def attack(axis, columns):
-    """Figure 3: held-out requests complied with, over steps of adversarial fine-tuning."""
-    steps = [int(r.task.split()[1]) for r in columns[0].results]
-    closest = min((b - a for a, b in zip(steps, steps[1:])), default=1)
-    for column, shift in zip(columns, dodge(len(columns), 0.5 * closest)):
-        points(axis, column, [step + shift for step in steps], 100, PERCENT)
-    axis.set(xlabel="steps of plain SFT on examples that comply", ylabel="complied with (%)",
-             ylim=PERCENT)
-    return (f"{columns[0].results[0].n} held-out requests; whiskers: {{whiskers}}.",
-            [(column.look, 100 * column.results[-1].value) for column in columns])
-
-
-SHARES = ("exact_match", "strict-match", "flexible-extract", "acc", "acc_norm")
-WORDED = [m + end for m in ("exact_match", "strict-match") for end in ("", " mean", " sd")]
-PANELS = (  # kind, metrics, width, how it is drawn
-    ("scores", SHARES, WIDE, scores),
-    ("scores", ("nll", "perplexity", "bits_per_byte"), WIDE, losses),
-    ("wordings", WORDED, WIDE, wordings),
-    ("noise", ("cosine",), NARROW, cosines),
-    ("noise", ("cosine - SFT",), NARROW, differences),
-    ("attack", ("compliance",), NARROW, attack))
-
-
-def only(column, wanted):
-    """The column with the results for which wanted(result) is true."""
-    return column._replace(results=[r for r in column.results if wanted(r)],
-                           singles=[[r for r in one if wanted(r)] for one in column.singles])
-
-
-def points(axis, column, x, scale=1, bounds=(-inf, inf), whiskers=True, **changes):
-    """A column's results at x, with whiskers, and its single seeds' beside them."""
-    for one in column.singles:
-        faint(axis, x, [scale * r.value for r in one], column.look, left=3)
-    whiskered(axis, x, [scale * r.value for r in column.results], column.look | changes,
-              [scale * r.stderr * whiskers for r in column.results], bounds)

@@ -25,11 +25,11 @@ from .runs import method
 
 def spread(results, task="over wordings"):
     """Mean and sample standard deviation of one metric over wordings, as two more results. n counts
-    the wordings."""
+    the wordings, at least two."""
     mean, sd, n = mean_sd([r.value for r in results])
     metric = results[0].metric
     return [Result(task, f"{metric} mean", mean, sd / math.sqrt(n), n),
-            Result(task, f"{metric} sd", sd, sd / math.sqrt(2 * (n - 1)) if n > 1 else math.nan, n)]
+            Result(task, f"{metric} sd", sd, sd / math.sqrt(2 * (n - 1)), n)]
 
 
 def bundled_wordings(model, tokenizer, options, limit=None):

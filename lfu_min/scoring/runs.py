@@ -6,7 +6,7 @@ Called by eval.py; pictures.py takes the names of methods from here.
 from pathlib import Path
 from typing import NamedTuple
 
-from ..bundled import BUNDLED
+from ..bundled import BUNDLED, here
 from ..engine.system import spare_threads
 from ..files.adapter import load_adapter
 from ..files.checkpoint import load_model
@@ -30,16 +30,14 @@ class Run(NamedTuple):
 
 
 def method(run):
-    """What a run is called: "SFT", "LfU-lora", ...; "base", or a folder without settings.json, by
-    its name."""
-    return method_of(**run.settings) if run.settings else run.name
-
-
-def method_of(method="lfu", aux="lora", lam=5.0, **others):
-    """"SFT", "LfU-<aux>" or the word of --method, from a run's settings; defaults: train.py's."""
-    if method == "sft" or method == "lfu" and (aux == "none" or float(lam) == 0):
+    """What a run is called: "SFT", "LfU-<aux>" or the word of --method; what has no settings.json,
+    the base too, by its name."""
+    if not run.settings:
+        return run.name
+    name, aux = run.settings.get("method", "lfu"), run.settings.get("aux", "lora")
+    if name == "sft" or name == "lfu" and (aux == "none" or run.settings.get("lam") == 0):
         return "SFT"
-    return f"LfU-{aux}" if method == "lfu" else method
+    return f"LfU-{aux}" if name == "lfu" else name
 
 
 def find_runs(names, model=None):
@@ -68,8 +66,7 @@ def find_runs(names, model=None):
             raise ValueError(f"{name} does not say what it was trained from: name it with --model")
         if not isinstance(own, str):
             raise ValueError(f"{name} names {short(own)} as its base, which is no folder")
-        if not Path(own).is_dir() and Path(own).parts[-2:] == BUNDLED.parts[-2:]:
-            own = str(BUNDLED)  # the repository has moved since
+        own = here(own)
         if base is not None and Path(own) != Path(base):
             raise ValueError(f"{name} comes from {own}, others from {base}: use separate calls")
         base = own

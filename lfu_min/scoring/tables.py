@@ -6,11 +6,8 @@ Called by eval.py, which prints what these functions return.
 import math
 import os
 from pathlib import Path
-import sys
-import time
 
 from ..bundled import CATEGORIES
-from ..engine.system import duration
 from .categories import IN_DOMAIN, mean_of
 from .measures import mean_result, mean_sd
 from .runs import method, short_names
@@ -106,28 +103,6 @@ def in_words(learned, kept):
         return "LfU forgets less; whether it learns less cannot be said."
     return ("LfU forgets less, and learns more." if learned.value > 0 else
             "LfU forgets less, but learns less too: which is better depends on the exchange.")
-
-
-def progress(title):
-    """An on_progress(done, total) that writes 'title 32/200, 3.1/s, ETA 54 s' to stderr: in place
-    on a terminal twice a second, else a line every 30 s."""
-    terminal = sys.stderr.isatty()
-    started = shown_at = time.time()
-    last = 0
-
-    def report(done, total):
-        nonlocal started, shown_at, last
-        now = time.time()
-        if done < last:  # the next part of the measure
-            started = now
-        last = done
-        if done and now - shown_at > (0.5 if terminal else 30):
-            speed = done / max(now - started, 1e-9)
-            print(f"{title} {done}/{total}, {speed:.1f}/s, ETA {duration((total - done) / speed)}",
-                  end="   \r" if terminal else "\n", file=sys.stderr, flush=True)
-            shown_at = now
-
-    return report
 
 
 def check_output(flag, path):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..files import data, jsons
-from .measures import Result, answer_nll, begin, mean_result, ratio_result, reply, score, text_nats
+from .measures import Result, answer_nll, mean_result, ratio_result, reply, score, text_nats
 
 
 @dataclass
@@ -243,7 +243,7 @@ def gsm8k(model, tokenizer, docs, options, task="gsm8k", count=None):
     if room < 1:
         raise ValueError(f"max-new-tokens {options.max_new_tokens} should be below {positions}: "
                          "prompt and answer share the model's positions")
-    ids = [(begin(tokenizer) + tokenizer.encode(prompt))[-room:] for prompt in prompts]
+    ids = [data.text_ids(tokenizer, prompt)[-room:] for prompt in prompts]
     replies = reply(model, tokenizer, ids, options.max_new_tokens, UNTIL, options.batch_size,
                     options.on_progress)
     rows = []

@@ -14,7 +14,7 @@ import torch
 
 from ..engine import system
 from ..engine.distributed import Team
-from ..engine.passes import grads_of, joint_norm, last_state, sft_loss, states, trained
+from ..engine.passes import joint_norm, last_state, sft_loss, states, trained
 from ..files import data
 from ..files.checkpoint import load_config, load_model
 from ..files.tokenizer import check_fit, load_tokenizer
@@ -57,7 +57,7 @@ def prepare(argv=None):
     kinds = vars(own).pop("kinds")
     if kinds is not None and kinds < 1:
         raise ValueError(f"--kinds {kinds} should be at least 1")
-    s = get_settings([f"--{name.replace('_', '-')}={value}" for name, value in vars(own).items()
+    s = get_settings([f"{system.flag(name)}={value}" for name, value in vars(own).items()
                       if value is not None])
     for name in ("lam", "alpha"):
         if getattr(s, name) == 0:
@@ -87,21 +87,17 @@ def observe(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1):
     sft_worse         l_SFT after the ascent; to first order sft_attached + alpha * ascent_norm
     moved             ||th_aux after - th_aux before||_2
     h, h_aux          the states, L+1 tensors (N, D) each
-    movement          (L,) RMS(h' - h) / RMS(h), over positions and channels
-    share, cosine     of the gradient of lam * l_cons: its norm over the sum of both norms, and its
-                      cosine with the gradient of l_SFT
+    share             of the gradient of lam * l_cons: its norm over the sum of both norms
     half_cosine       {column of HALF: (L,)} of h' - h computed in half precision: its cosine with
                       float32's, at the same th_aux
     half_ratio        {column of HALF: (L,)} and its mean square over float32's
     lam, alpha        as given
     """
-    th, seen = trained(model), {}
-    seen.update(lam=lam, alpha=alpha, th=size(th), sft_of_th=sft_now(model, batch))
+    seen = dict(lam=lam, alpha=alpha, th=size(trained(model)), sft_of_th=sft_now(model, batch))
     model.zero_grad()
 
     def move(th_aux, g, alpha, model, batch):
-        seen.update(th_aux=size(th_aux), sft_attached=sft_now(model, batch),
-                    sft_gradient=[t.clone() for t in grads_of(th)])
+        seen.update(th_aux=size(th_aux), sft_attached=sft_now(model, batch))
         start = [t.detach().clone() for t in th_aux]
         half = {name: states_in(*HALF[name], model, batch) for name in HALF}
         norm = ascend(th_aux, g, alpha)                                              # Eq 2
@@ -118,13 +114,10 @@ def observe(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1):
     seen.update(lfu_step(model, batch, auxiliary, lam, alpha, move=move, compare=compare))
 
     exact = differences(seen["h"], seen["h_aux"])[1:]  # h' - h, L tensors (N, D)
-    of_sft = seen.pop("sft_gradient")
-    of_cons = differences(of_sft, [p.grad for p in th])  # .grad is the sum of the two
     norms = [seen[name].item() for name in ("sft_grad_norm", "consistency_grad_norm")]
     half = seen.pop("half")
     return dict(
-        seen, share=norms[1] / sum(norms), cosine=cosine(of_cons, of_sft).item(),
-        movement=torch.stack([rms(d) / rms(h) for d, h in zip(exact, seen["h"][1:])]),
+        seen, share=norms[1] / sum(norms),
         half_cosine={name: torch.stack([cosine([d], [e]) for d, e in zip(found, exact)])
                      for name, found in half.items()},
         half_ratio={name: torch.stack([(rms(d) / rms(e)) ** 2 for d, e in zip(found, exact)])
@@ -258,7 +251,7 @@ def both_gradients(seen):
     return (f"norm of l_SFT's gradient            {seen['sft_grad_norm']:.4f}\n"
             f"norm of lambda * l_cons's gradient  {seen['consistency_grad_norm']:.4f}, "
             f"a share of {seen['share']:.0%}\n"
-            f"cosine of the two                   {seen['cosine']:.3f}")
+            f"cosine of the two                   {seen['gradient_cosine']:.3f}")
 
 
 def half_precision(seen):

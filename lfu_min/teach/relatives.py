@@ -10,35 +10,24 @@ from functools import partial
 import math
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..cost.bench import SHAPES, make_batches, time_cases
-from ..cost.count import Meter, half_supervised, prepared_model
+from ..cost import count
 from ..engine import system
 from ..engine.passes import make_batch
 from ..lfu import lfu_step
 from ..methods import AUXILIARIES, MOVES
 from ..methods.baselines import BASELINES
 
-ADDED = {f"lfu {aux}": partial(lfu_step, auxiliary=kind) for aux, kind in AUXILIARIES.items()}
+ADDED = {f"lfu {aux}": count.STEPS[aux] for aux in AUXILIARIES}
 ADDED["lfu two-steps"] = partial(lfu_step, move=MOVES["two-steps"])
 ASIDE = ("prompt", "attached")  # sft's step; LfU without its detach, which is no relative
 STEPS = {**{name: step for name, step in BASELINES.items() if name not in ASIDE}, **ADDED}
 
 
-def count(config, step, batch, tokens):
-    """(forwards, FLOPs of matrix products, peak bytes) of one step, on tensors without data."""
-    forwards = []
-    with FakeTensorMode(), Meter() as meter:
-        model = prepared_model(config, "lora", torch.float32)
-        model.model.norm.register_forward_hook(lambda *args: forwards.append(1))
-        step(model, half_supervised(batch, tokens, torch.float32))
-    return len(forwards), meter.flops, meter.peak
-
-
 def times(config, steps, batch, tokens, repeats):
     """{name: milliseconds over those of sft, the median of the turns}, on the CPU."""
-    model = prepared_model(config, "lora", torch.float32)
+    model = count.prepared_model(config, "lora", torch.float32)
 
     def whole(step):
         def one(batch, other):
@@ -76,7 +65,7 @@ def main(argv=None):
     took = times(config, STEPS, s.batch, s.tokens, s.repeats) if s.repeats else {}
     print(f"{'step':14} {'forwards':>8} {'operations':>10} {'memory':>7} {'time':>6}")
     for name, step in STEPS.items():
-        forwards, flops, peak = count(config, step, s.batch, s.tokens)
+        forwards, flops, peak = count.count_step(config, step, s.batch, s.tokens)
         sft = sft if rows else (flops, peak)
         rows[name] = forwards, flops / sft[0], peak / sft[1], took.get(name, math.nan)
         print(f"{name:14} {forwards:8} {rows[name][1]:10.2f} {rows[name][2]:7.2f} "

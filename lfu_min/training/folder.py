@@ -12,12 +12,12 @@ from pathlib import Path
 import re
 import shutil
 
+from ..bundled import here
 from ..engine import distributed, system
 from ..files import hashes
 from ..files.checkpoint import tokenizer_files
 from ..files.jsons import read_json, write_json
 from . import log
-from .settings import here
 
 
 def check_out(path):
@@ -35,11 +35,11 @@ def check_out(path):
                          + ("read-only" if there.is_dir() else "not a folder"))
 
 
-def next_run(kind, root="runs"):
+def next_run(kind):
     """The first unused folder runs/<kind>-NNN (not created yet)."""
-    numbers = [p.name.rpartition("-")[2] for p in Path(root).glob(f"{kind}-*")]
+    numbers = [p.name.rpartition("-")[2] for p in Path("runs").glob(f"{kind}-*")]
     taken = [int(number) for number in numbers if number.isdecimal()]
-    return Path(root) / f"{kind}-{max(taken, default=-1) + 1:03d}"
+    return Path("runs") / f"{kind}-{max(taken, default=-1) + 1:03d}"
 
 
 def make_out(path, kind):

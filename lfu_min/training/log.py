@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 import random
-import sys
 import time
 
 import torch
@@ -61,15 +60,8 @@ def describe(s, model, examples, dropped, tokenizer, device):
 
 
 def encoding():
-    """An on_progress(done, total) for data.load_dataset: a line on stderr after 2 s, and from then
-    on every 10 s; of torchrun's processes the first one's."""
-    shown = [time.time() - 8]
-
-    def report(done, total):
-        if time.time() - shown[0] > 10 and os.environ.get("RANK", "0") == "0":
-            print(f"encoding the data: {done:,} of {total:,} examples", file=sys.stderr, flush=True)
-            shown[0] = time.time()
-    return report
+    """An on_progress for data.load_dataset; of torchrun's processes the first one's alone."""
+    return system.progress("encoding the data") if os.environ.get("RANK", "0") == "0" else None
 
 
 def short(path):

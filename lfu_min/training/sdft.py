@@ -84,7 +84,8 @@ def main(argv=None):
     examples, tokenizer = data.read_examples(s.data, questions=True), load_tokenizer(s.model)
     device = system.pick_device(s.device)
     model = load_model(s.model, device, system.pick_dtype("auto", device)[1])
-    examples, kept = rewrite(model, tokenizer, examples, s.template, s.max_new_tokens, s.batch_size)
+    examples, kept = rewrite(model, tokenizer, examples, s.template, s.max_new_tokens, s.batch_size,
+                             system.progress("rewriting"))
     jsons.write_json(s.out, [{"question": e.prompt, "answer": e.answer} for e in examples])
     print(f"{s.out}: {kept} of {len(examples)} answers rewritten, the others are the references")
     return examples, kept

@@ -1,9 +1,8 @@
 """train.py's flags: what they are, what they default to, and which values are refused."""
-import math
 from pathlib import Path
 import sys
 
-from ..bundled import BUNDLED
+from ..bundled import BUNDLED, here
 from ..engine import system
 from ..files import data, jsons
 from ..lora import check_rank
@@ -116,16 +115,12 @@ def get_settings(argv=None):
             setattr(s, name, value)
     if s.data is None:
         raise ValueError("--data is missing: with --model, name a .json or .jsonl file of examples")
-    for name in ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate", "lr",
-                 "max_len", "gem_beta", "keep"):
-        value = getattr(s, name)
-        if value is not None and not 0 < value < MOST:
-            raise ValueError(f"--{name.replace('_', '-')} {value!s:.40} should be a positive "
-                             f"number below {MOST:,}")
+    system.check_positive(s, ("r", "lora_alpha", "epochs", "max_steps", "batch_size", "accumulate",
+                              "lr", "max_len", "gem_beta", "keep"), below=MOST)
     for name in ("lam", "alpha", "neftune_alpha", "rho", "seed", "save_every"):
         value = getattr(s, name)
         if value is not None and not 0 <= value < SEEDS:
-            raise ValueError(f"--{name.replace('_', '-')} {value!s:.40} should be a number from 0 "
+            raise ValueError(f"{system.flag(name)} {value!s:.40} should be a number from 0 "
                              f"to {SEEDS:.0e}")
     check_rank(s.r, s.lora_alpha)
     if not s.resume:
@@ -164,7 +159,7 @@ def settings_of_run(run, argv=None):
                          "an earlier version")
     flags = []  # the record as a command line: the parser checks it like any other
     for name in sorted(names):
-        value, flag = recorded.get(name), "--" + name.replace("_", "-")
+        value, flag = recorded.get(name), system.flag(name)
         if value is not None and value is not False:
             flags.append(flag if value is True else f"{flag}={value}")
     try:
@@ -175,7 +170,7 @@ def settings_of_run(run, argv=None):
     s.dtype = own.dtype if s.dtype == "auto" else s.dtype
     for name in sorted(names - FREE):
         if getattr(s, name) != getattr(own, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(s, name)}: the run has "
+            raise ValueError(f"{system.flag(name)} {getattr(s, name)}: the run has "
                              f"{getattr(own, name)}, and goes on only with that")
     if s.out and Path(s.out).resolve() != Path(run).resolve():
         raise ValueError(f"--out {s.out}: a run goes on in its own folder; leave it out")
@@ -183,13 +178,6 @@ def settings_of_run(run, argv=None):
     s.model, s.data = here(s.model), here(s.data)
     s.eval_data = s.eval_data and here(s.eval_data)
     return s
-
-
-def here(path):
-    """A recorded path; one into a bundled folder that has moved since, in this one."""
-    inside = str(path).replace("\\", "/").rpartition("/lfu_min/bundled")[2]
-    moved = BUNDLED / inside.strip("/")
-    return path if Path(path).exists() or inside == str(path) else str(moved)
 
 
 def decisive(s):
@@ -204,7 +192,7 @@ def fill_method(s):
     a flag that was given and that it does not take."""
     takes = {"aux": "aux"} if (s.method, s.aux) == ("sft", "none") else TAKES[s.method]
     for name, usual in USUAL.items():
-        value, flag = getattr(s, name), "--" + name.replace("_", "-")
+        value, flag = getattr(s, name), system.flag(name)
         if value is None:
             setattr(s, name, usual if name in takes or name in TAKES["lfu"] else None)
         elif name not in takes:

@@ -14,7 +14,7 @@ import torch
 
 from . import files, pretrain, vocabulary
 from ..bundled import BUNDLED, CATEGORIES
-from ..engine.system import command_line
+from ..engine.system import check_positive, command_line
 from ..files.checkpoint import load_model, random_model
 from ..files.data import read_examples
 from ..files.jsons import read_records, written_aside
@@ -40,19 +40,11 @@ def parse_args(argv):
                         help="of weights and batches; the world stays the same")
     parser.add_argument("--threads", type=int, default=1,
                         help="CPU threads; another number rounds differently")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--eval-every", type=int, default=500,
-                        help="steps between validations and exports")
-    parser.add_argument("--stop-at", type=int, default=0,
-                        help="stop after this step, to go on later; 0: do not")
+    parser.add_argument("--save-every", type=int, default=500,
+                        help="steps between checkpoints, exports and validations")
     parser.add_argument("--data-only", action="store_true", help="write the data files and stop")
-    parser.add_argument("--no-test", action="store_true",
-                        help="skip the table of test scores at the end")
     args = parser.parse_args(argv)
-    for name in ("steps", "lr", "threads", "save_every", "eval_every"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be "
-                             "positive")
+    check_positive(args, ("steps", "lr", "threads", "save_every"))
     return args
 
 
@@ -106,8 +98,8 @@ def load_checkpoint(file, model, optimizer):
 
 
 def train(args, model, tokenizer, bundled, say):
-    """The optimizer steps that are left, with validations and checkpoints -> the seconds that all
-    steps took, or None if --stop-at ended them."""
+    """The optimizer steps that are left, with validations, exports and checkpoints -> the seconds
+    that all steps took."""
     checkpoint, optimizer = args.out / "checkpoint.pt", pretrain.make_optimizer(model)
     at = load_checkpoint(checkpoint, model, optimizer)
     first, pool, losses, begun = at["step"], at["pool"], [], time.time()
@@ -126,20 +118,18 @@ def train(args, model, tokenizer, bundled, say):
             say(f"step {step:6d}/{args.steps}  loss {sum(losses) / len(losses):.4f}  lr {lr:.1e}  "
                 f"{ms:.0f} ms/step  ETA {ms * (args.steps - step) / 6e4:.1f} min")
             losses.clear()
-        if step % args.eval_every == 0:
+        if step % args.save_every == 0 or step == args.steps:
             pretrain.export(model, bundled)
             scores(model, tokenizer, bundled, "validation", say)
-        if step % args.save_every == 0 or step in (args.steps, args.stop_at):
             save_checkpoint(checkpoint, model, optimizer, step=step, pool=pool, left=len(waiting),
                             spent=at["spent"] + time.time() - begun)
-        if step == args.stop_at:
-            return None
     return at["spent"] + time.time() - begun
 
 
-def run(args):
-    """Everything that --out has not yet -> {split: {category: percent}} of the exported model, or
-    None if that was not asked for."""
+def main(argv=None):
+    """Everything that --out has not yet -> {split: {category: percent}} of the exported model,
+    or None with --data-only."""
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
     bundled = args.out / "bundled"
     files.write_files(bundled / "data")
@@ -156,19 +146,10 @@ def run(args):
         say(f"{sum(p.numel() for p in model.parameters()):,} parameters, torch "
             f"{torch.__version__}, {vars(args)}")
         seconds = train(args, model, tokenizer, bundled, say)
-        if seconds is None:
-            return None
-        pretrain.export(model, bundled)
         say(f"done after {seconds / 60:.1f} minutes: {bundled}")
-        if args.no_test:
-            return None
         model = load_model(bundled, dtype=torch.float32)  # what was exported, rounded to bfloat16
         return {split: scores(model, tokenizer, bundled, split, say)
                 for split in ("test", "unseen")}
-
-
-def main(argv=None):
-    return run(parse_args(argv))
 
 
 if __name__ == "__main__":

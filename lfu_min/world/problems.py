@@ -10,9 +10,7 @@ Called by files.py. Verified by tests/test_world.py, which recomputes every step
 """
 import random
 
-from .questions import COLOURS, NAMES, OBJECTS, SECRET_WORDINGS, draw_story
-
-ASK = " How many {things} does {n} have now?"
+from .questions import ASK_STORY, COLOURS, NAMES, OBJECTS, SECRET_WORDINGS, draw_story
 
 
 def word_problem(rng: random.Random) -> tuple[str, str]:
@@ -24,7 +22,7 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
         result = dict(zip("+-*", (total + b, total - b, total * b)))[operation]
         shown.append(f"{total} {operation} {b} = {result}")
         total = result
-    return story + ASK.format(**slots), "First " + ". Then ".join(shown) + f".\n#### {total}"
+    return story + ASK_STORY.format(**slots), "First " + ". Then ".join(shown) + f".\n#### {total}"
 
 
 def secrets(rng: random.Random) -> list[dict]:
