@@ -107,6 +107,8 @@ def checked(s):
         value = getattr(s, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} should be a positive number")
+    if not 0 <= s.seed < 2**60:
+        raise ValueError(f"--seed {s.seed!s:.40} should be a number from 0 to {2**60:.0e}")
     if s.few_shot < 0 or not 0 <= s.temperature < math.inf:
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
     if not 0 < s.top_p <= 1:

@@ -395,6 +395,7 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--task", "gsm8k={problems}", "--few-shot", "200"], "few-shot 200"),
     (["--limit", "0"], "--limit 0"),
     (["--limit", "x"], "--limit"),
+    (["--seed", "9" * 30], "--seed 9"), (["--seed", "-1"], "--seed -1 should be"),
     (["--stride", "2000", "--task", "perplexity={problems}"], "stride 2000"),
     (["--attack", "--attack-steps", "0,x"], "--attack-steps"),
     (["--attack", "--attack-data", "{problems}"], "TRAIN,TEST"),
