@@ -104,6 +104,8 @@ def steps(text):
 def checked(s):
     system.check_positive(s, ("limit", "batch_size", "max_new_tokens", "window", "stride",
                               "attack_batch_size", "attack_lr", "noise_strength"))
+    if not 0 <= s.seed < 2**60:
+        raise ValueError(f"--seed {s.seed!s:.40} should be a number from 0 to {2**60:.0e}")
     if s.few_shot < 0 or not 0 <= s.temperature < math.inf:
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
     if not 0 < s.top_p <= 1:

@@ -304,6 +304,15 @@ def test_no_answer_reaches_the_terminal_as_an_escape(run, capsys, monkeypatch):
     assert capsys.readouterr().out.count(r"\x1b[2J\x0dgone") == 2
 
 
+def test_no_name_out_of_a_file_reaches_the_terminal_as_an_escape():
+    """Of a wording, and of a method in settings.json."""
+    table = {"base": [Result("gsm8k, \x1b[2J", "acc", 1, 0, 9)]}
+    assert r"gsm8k, \x1b[2J  acc" in tables.text(table)
+    rows = dict.fromkeys(("word problems", *categories.CATEGORIES), [dict(match=True)] * 2)
+    runs = [Run("base"), Run("a", "a", dict(method="\x1b[2J"))]
+    assert r"a (\x1b[2J): word" in tables.verdict({"base": rows, "a": rows}, runs)
+
+
 # ---- what is finished survives
 
 @pytest.mark.parametrize("ended_by", [KeyboardInterrupt, SystemExit(143), ValueError("no numbers")],
@@ -395,6 +404,7 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--task", "gsm8k={problems}", "--few-shot", "200"], "few-shot 200"),
     (["--limit", "0"], "--limit 0"),
     (["--limit", "x"], "--limit"),
+    (["--seed", "9" * 30], "--seed 9"), (["--seed", "-1"], "--seed -1 should be"),
     (["--stride", "2000", "--task", "perplexity={problems}"], "stride 2000"),
     (["--attack", "--attack-steps", "0,x"], "--attack-steps"),
     (["--attack", "--attack-data", "{problems}"], "TRAIN,TEST"),

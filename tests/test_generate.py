@@ -103,6 +103,7 @@ def test_sampling_follows_the_probabilities_inside_the_nucleus_and_repeats_with_
     share = torch.bincount(draw(1.0, 1.0), minlength=4) / 4000
     assert (share - torch.tensor([0.15, 0.5, 0.05, 0.3])).abs().max() < 0.03  # 4 standard errors
     assert set(draw(1.0, 0.7).tolist()) == {1, 3} and set(draw(1.0, 0.5).tolist()) == {1}
+    assert set(draw(1e-320, 1.0).tolist()) == set(draw(1.0, 1e-320).tolist()) == {1}
     hot, cold = (torch.bincount(draw(t, 1.0), minlength=4)[2] for t in (5.0, 0.2))
     assert hot > 4000 * 0.15 and cold == 0
     again = [generate(tiny_model(), some_prompts(), 9, temperature=1.0,

@@ -397,10 +397,13 @@ def test_micro_batch_without_targets_contributes_nothing(aux, tune):
 def test_row_without_targets_and_padding_change_nothing(aux):
     model, (ids, labels) = tiny(), tiny_batch()
     labels[1] = -100
-    got, _ = fused(model, ids, labels, aux)
+    got, values = fused(model, ids, labels, aux)
     assert difference(got, definition(model, ids, labels, aux)[0]) <= 1e-8
     padded = F.pad(ids[[0, 2]], (0, 3), value=5), F.pad(labels[[0, 2]], (0, 3), value=-100)
-    assert difference(fused(model, *padded, aux)[0], got) <= 1e-10
+    again, same = fused(model, *padded, aux)
+    assert difference(again, got) <= 1e-10
+    for name in ("sft", "consistency"):
+        assert same[name].item() == pytest.approx(values[name].item(), rel=1e-10)
 
 
 # ---- the same numbers by other roads ----

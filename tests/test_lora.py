@@ -8,6 +8,8 @@ bit for bit.
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -291,6 +293,22 @@ def test_absent_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no LoRA to save"):
         save_adapter(tiny_model(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_in_bin_is_refused_with_the_command_that_converts_it(tmp_path):
+    """As peft wrote it before safetensors."""
+    model, ids = with_random_lora(tiny_model()), random_ids()
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match="adapter_model.bin is not safetensors; to conv") as error:
+        load_adapter(tiny_model(), tmp_path)
+    command = str(error.value).partition("environment: python ")[2]
+    done = subprocess.run(f"{sys.executable} {command}", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "\n" not in str(error.value), done.stderr
+    assert torch.equal(logits_of(load_adapter(tiny_model(), tmp_path), ids), logits_of(model, ids))
 
 
 # ---- the start ----

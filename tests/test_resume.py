@@ -440,6 +440,22 @@ def test_a_full_disk_when_the_result_is_saved_is_one_line_and_loses_no_training(
     assert not differences(one, two)
 
 
+def test_what_ends_the_answers_afterwards_loses_nothing(tmp_path, words, monkeypatch):
+    """All is saved before the model is asked again."""
+    asked = []
+
+    def answers(*args):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return []
+    monkeypatch.setattr(log, "answers", answers)
+    with pytest.raises(KeyboardInterrupt):
+        start(words, tmp_path / "out")
+    assert folder.finished(tmp_path / "out")
+    train.main(["--verify", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("when, file", [("write", "log.jsonl"), ("after", "step-000003")])
 def test_a_folder_that_vanishes_is_one_line(tmp_path, words, monkeypatch, when, file):
     out, owner = tmp_path / "out", log if when == "write" else checkpoints.Checkpoints
@@ -522,6 +538,16 @@ def test_a_record_that_was_changed_is_refused_by_name(stopped, changes, named):
     refused(stopped, named)
 
 
+@pytest.mark.parametrize("changes, named", [
+    (dict(model=5), "has no model"), (dict(data=None), "has no data"),
+    (dict(resumed=5), "has no resumed"), (dict(saved_sha256="0"), "has no saved_sha256")])
+def test_a_record_of_another_form_is_refused_by_name(stopped, changes, named):
+    changed_json(stopped / "settings.json", **changes)
+    refused(stopped, named)
+    with pytest.raises(ValueError, match=named):
+        train.main(["--verify", str(stopped)])
+
+
 def log_of(checkpoint):
     return checkpoint.parent.parent / "log.jsonl"
 
@@ -561,6 +587,8 @@ DAMAGE = {
         p / "optimizer.safetensors", lambda t, n: t.update({n: t[n].half()})),
     "log.jsonl ends with step 1": lambda p: log_of(p).write_text(
         log_of(p).read_text().splitlines()[0] + "\n"),
+    "log.jsonl, line 1: the record of step 1 should": lambda p: log_of(p).write_text(
+        log_of(p).read_text().replace('"ms": ', '"ms": "x", "was": ')),
     "log.jsonl, line 1: the record of step 1": lambda p: log_of(p).write_text(
         "\n".join(log_of(p).read_text().splitlines()[::-1]) + "\n"),
     "settings.json is missing": lambda p: record_of(p).unlink(),

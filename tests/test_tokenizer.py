@@ -356,6 +356,8 @@ REFUSED = {
     "merges are not in the order of their ids": swap_two_merges,
     "is not in the vocabulary": lambda file: file["model"]["merges"].append(["q", "q"]),
     "token '▁a' is not written in the byte-level alphabet": changed("model.vocab.▁a", 600),
+    "the added token 'clips' is ordinary text": lambda file: file["added_tokens"].append(
+        file["added_tokens"][0] | {"id": 600, "content": "clips", "special": False}),
     "not a tokenizer.json as `tokenizers` writes it": lambda file: file.pop("model"),
     "have the same id 100": changed("model.vocab.the", 100),
     "'<|im_start|>' and '<|im_end|>' have the same id 2": changed("added_tokens.1.id", 2),

@@ -105,11 +105,13 @@ def test_lambda_zero_is_plain_sft_to_the_bit(tmp_path, words):
     assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
 
 
-def test_accumulation_is_one_large_batch_for_sft(tmp_path, words):
-    """Two micro-batches of 4 give the same step as one batch of 8: the token mean runs over the
-    whole step."""
+@pytest.mark.parametrize("size, count", [("4", "2"), ("1", "8")])
+def test_accumulation_is_one_large_batch_for_sft(tmp_path, words, size, count):
+    """Two micro-batches of 4, or 8 of 1, give the same step as one batch of 8: the token mean runs
+    over the whole step."""
     one = run(tmp_path, words, "one", "--aux", "none", "--batch-size", "8", "--accumulate", "1")[1]
-    two = run(tmp_path, words, "two", "--aux", "none", "--batch-size", "4", "--accumulate", "2")[1]
+    two = run(tmp_path, words, "two", "--aux", "none", "--batch-size", size, "--accumulate",
+              count)[1]
     for a, b in zip(one, two):
         assert a["sft"] == pytest.approx(b["sft"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

@@ -288,6 +288,11 @@ def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
         assert (w[:end - len(answer)] == pretrain.PROMPT_WEIGHT).all()
 
 
+def test_a_slip_in_a_flag_is_one_line():
+    with pytest.raises(ValueError, match="unrecognized arguments: --stepz 3"):
+        world_main(["--stepz", "3"])
+
+
 @pytest.mark.slow
 def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     step, taken = pretrain.train_step, []

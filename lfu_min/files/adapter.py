@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import check_shapes, open_weights, read_shapes, save_model, write_tensors
+from .checkpoint import (
+    check_format, check_shapes, open_weights, read_shapes, save_model, write_tensors)
 from .jsons import read_json, short, shown, write_json
 from ..lora import TARGET_MODULES, add_lora, check_rank, lora_modules, remove_lora
 from ..model import Linear
@@ -61,6 +62,7 @@ def load_adapter(model, adapter_dir):
     config = read_adapter_config(adapter_dir)
     file = adapter_dir / "adapter_model.safetensors"
     if not file.exists():
+        check_format(adapter_dir)
         raise ValueError(f"{file} is missing")
     shapes = {plain_key(key): shape for key, shape in read_shapes(file).items()}
     targets = config["target_modules"]

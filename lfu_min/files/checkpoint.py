@@ -171,6 +171,10 @@ CONVERT = {
         "transformers.models.llama.convert_llama_weights_to_hf --input_dir '{folder}' "
         "--output_dir '{folder}-hf' --num_shards {n} --llama_version 3.1 (or 3, 3.2)"),
     "pytorch_model*.bin": "pip install transformers && " + IN_PLACE % "",
+    "adapter_model.bin": (
+        "python -c \"import torch; from safetensors.torch import save_file; "
+        "save_file(torch.load('{folder}/{file}', weights_only=True), "
+        "'{folder}/adapter_model.safetensors')\""),
 }
 
 

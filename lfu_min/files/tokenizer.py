@@ -34,6 +34,7 @@ TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UP
           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Mistral Nemo
 
 LONGEST = 1024  # bytes of a token: to check longer ones would take too long
+CONTROL = re.compile(r"<.+>|\[.+\]")  # such added tokens belong in no text
 
 # tiktoken's regex engine gives up (and panics) on very long runs of one kind of character, so text
 # is fed to it in chunks of at most 100,000 characters. They end behind a letter or digit and before
@@ -123,7 +124,7 @@ def load_tokenizer(path):
 
     tokenizer_config.json, generation_config.json and config.json beside it are read for the EOS ids
     if they exist. Raises ValueError, naming the file and the feature, on anything that tiktoken
-    would not encode identically.
+    would not encode identically, but for control tokens in a text (see encode).
     """
     path = Path(path)
     if path.is_dir():
@@ -173,6 +174,11 @@ def _from_json(file):
     plain = {text: i for text, i in model["vocab"].items() if text not in added}
     if not all(isinstance(text, str) for text in added):
         raise TypeError("the content of an added token is no string")
+    words = [token["content"] for token in file.get("added_tokens") or []
+             if token.get("special") is False and not CONTROL.fullmatch(token["content"])]
+    if words:  # `tokenizers` finds them in any text
+        raise ValueError(f"the added token {short(words[0])} is ordinary text: only control "
+                         "tokens, like <|im_end|> and <think>, are supported there")
     _check_ids(plain | added)
     vocab = {_as_bytes(text): i for text, i in plain.items()}
     as_bytes = functools.cache(_as_bytes)  # the same few tokens make up all merges

@@ -99,9 +99,10 @@ def prompt_mask(attend):
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
     """Next tokens (B,) from logits (B, V): the likeliest, or one sampled at a temperature from the
     nucleus of top_p."""
-    if temperature == 0:
+    if temperature < 1e-5:  # float32 has no room for logits divided by it
         return logits.argmax(-1)
     p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    p = p * (p.cumsum(-1) - p < top_p)  # a token stays while those before it have not reached top_p
+    # a token stays while those before it have not reached top_p, the likeliest always
+    p[:, 1:] *= (p.cumsum(-1) - p)[:, 1:] < top_p
     drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1): multinomial normalises
     return order.gather(-1, drawn)[:, 0]

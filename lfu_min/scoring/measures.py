@@ -113,7 +113,7 @@ def token_nats(model, pairs, batch_size=16, on_progress=None):
             logits = model.lm_head(piece).float()  # (rows, V)
             nats.append(F.cross_entropy(logits, target, reduction="none"))
             greedy.append(logits.argmax(-1) == target)
-        nats, greedy = torch.cat(nats).double().cpu(), torch.cat(greedy).cpu()  # (N,) each
+        nats, greedy = torch.cat(nats).cpu().double(), torch.cat(greedy).cpu()  # (N,) each
         for i, *pair in zip(batch, nats.split(counts), greedy.split(counts)):
             found[i] = tuple(pair)
         if on_progress:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..bundled import CATEGORIES
+from ..engine.system import on_screen
 from .categories import IN_DOMAIN, mean_of
 from .measures import mean_result, mean_sd
 from .runs import method, short_names
@@ -58,7 +59,8 @@ def text(table, columns=None):
         seeds = ["seeds: " + "; ".join(
             f"{column} {', '.join(str(run.settings.get('seed')) for run in runs)}"
             for column, runs in columns.items() if column != "base")]
-    return "\n".join([*told, f"value ± {meaning}; shares in %, nll in nats a token", *seeds])
+    return on_screen("\n".join(
+        [*told, f"value ± {meaning}; shares in %, nll in nats a token", *seeds]))
 
 
 def verdict(examples, runs):
@@ -90,7 +92,7 @@ def verdict(examples, runs):
             f"LfU against SFT, means over {len(found['LfU'])} and {len(found['SFT'])} runs: "
             f"{told(learned, kept)} (errors over questions, not over seeds): "
             + in_words(learned, kept))
-    return "\n".join(lines)
+    return on_screen("\n".join(lines))
 
 
 def in_words(learned, kept):

@@ -159,7 +159,7 @@ def rms(x):
 
 def cosine(a, b):
     """Of two lists of tensors, each as one long vector."""
-    a, b = (torch.cat([t.flatten() for t in tensors]).double() for tensors in (a, b))
+    a, b = (torch.cat([t.flatten() for t in tensors]).cpu().double() for tensors in (a, b))
     return torch.cosine_similarity(a, b, dim=0)
 
 

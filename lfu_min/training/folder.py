@@ -98,15 +98,17 @@ def going_on(s, step, device):
         print("eval     --eval-data is not what the run began with: losses before and after this "
               "step cannot be compared")
     write_json(out / "settings.json", {**recorded, "save_every": s.save_every, "keep": s.keep,
-                                       "resumed": [*recorded.get("resumed", []), now]})
+                                       "resumed": [*recorded["resumed"], now]})
 
 
 def read_record(run):
     """The object in run/settings.json. Raises ValueError where what --resume and --verify need of
     it is missing."""
     recorded = read_json(Path(run) / "settings.json")
-    lacking = [name for name, kind in (("data_sha256", str), ("model_sha256", dict),
-                                       ("processes", int), ("steps", int), ("saved_sha256", dict))
+    recorded.setdefault("resumed", [])
+    lacking = [name for name, kind in (("model", str), ("data", str), ("data_sha256", str),
+                                       ("model_sha256", dict), ("processes", int), ("steps", int),
+                                       ("saved_sha256", dict), ("resumed", list))
                if not isinstance(recorded.get(name), kind)]
     if lacking:
         raise ValueError(f"{run}/settings.json has no {', '.join(lacking)}: no run of this "

@@ -113,7 +113,8 @@ def read(run, steps):
     records = []
     for number, line in enumerate(lines, 1):
         record = jsons.parse_json(line.decode("utf-8", "replace"), file, number)
-        if not isinstance(record, dict) or record.get("step") != number or "ms" not in record:
+        good = isinstance(record, dict) and isinstance(record.get("ms"), (int, float))
+        if not good or record.get("step") != number:
             raise ValueError(f"{file}, line {number}: the record of step {number} should stand "
                              "here")
         records.append(record)

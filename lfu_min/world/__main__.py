@@ -14,7 +14,7 @@ import torch
 
 from . import files, pretrain, vocabulary
 from ..bundled import BUNDLED, CATEGORIES
-from ..engine.system import check_positive, command_line
+from ..engine.system import Parser, check_positive, command_line
 from ..files.checkpoint import load_model, random_model
 from ..files.data import read_examples
 from ..files.jsons import read_records, written_aside
@@ -26,9 +26,8 @@ OPTIONS = tasks.Options(max_new_tokens=48)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m lfu_min.world",
-                                     description="Pretrain the bundled model.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="python -m lfu_min.world", description="Pretrain the bundled model.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("work/world"),
                         help="folder for checkpoint.pt, log.txt and the result, bundled/")
     parser.add_argument("--tokenizer", default=str(BUNDLED),
