@@ -25,8 +25,8 @@ from lfu_min.lora import add_lora
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES, parse_layers, prompt_examples
 from lfu_min.training import folder, log
 from lfu_min.training.checkpoints import Checkpoints
-from lfu_min.training.loop import LossScale, learning_rate, plan_step, step_or_skip
-from lfu_min.training.settings import get_settings, strengths
+from lfu_min.training.loop import LossScale, learning_rate, plan_step, usable
+from lfu_min.training.settings import get_settings, method_settings
 from lfu_min.training.validation import Validation
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then a cosine to 0
@@ -126,10 +126,12 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
         results = []
         for batch in plan.batches:
             if s.method != "lfu":  # plain SFT, or another of what LfU is compared with
-                results.append(BASELINES[s.method](model, batch, **strengths(s, plan.count)))
+                results.append(BASELINES[s.method](model, batch,
+                                                   **method_settings(s, plan.count)))
                 continue
             # forward: h and l_SFT (Eq 3, 1); backward: g and l_SFT's gradient; ascent (Eq 2);
             # forward: h' (Eq 4) and the MSE (Eq 5); backward (Eq 6). See lfu_min/lfu.py.
+            # lam / count: l_cons is the mean over the step's micro-batches, as l_SFT already is.
             results.append(lfu_step(model, batch, AUXILIARIES[s.aux], s.lam / plan.count, s.alpha,
                                     layers, MOVES[s.move], DISTANCES[s.compare]))
         distributed.add_up_gradients(th)
@@ -140,7 +142,9 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
         record = log.summarise(results, s, plan, len(layers), team.device, step=step, lr=lr,
                                epoch=step / s.per_epoch, grad_norm=grad_norm,
                                loss_scale=scale.value, target_tokens=plan.targets)
-        step_or_skip(optimizer, record, scale, plan, results)
+        if usable(record, scale, plan, results):  # no float16 overflow
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         record["ms"] = 1000 * (time.perf_counter() - tic)
         validation.after(model, record)
         if team.rank == 0:

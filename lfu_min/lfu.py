@@ -6,20 +6,22 @@ close to the model's own:
 
     l_LfU = l_SFT + lambda * l_cons,   in which h and g are constants                      (Eq 6)
 
-symbol   here    shape          meaning                                                    default
+symbol   here    shape or unit  meaning                                                    default
 -------  ------  -------------  ---------------------------------------------------------  -------
 th       th      -              trained weights: the parameters that require a gradient
 th_aux   th_aux  -              auxiliary tensors, moved by the ascent: B of a second      lora
-                                LoRA, one steering vector a layer, or th itself
+                                LoRA, one steering vector per layer, or th itself
 g        g       as th_aux      gradient of l_SFT with respect to th_aux
 alpha    alpha   -              length of the ascent step, over all of th_aux together     0.1
 h_l,t    h[l]    (N, D)         layer l's states where the next token is supervised, from th
 h'_l,t   h_aux   as h           the same from th and the moved th_aux
-K        layers  of 1..L        layers compared; the last is taken after the final norm    all
+K        layers  K of 1..L      layers compared; h[L] is taken after the final norm        all
 T        N       positions      positions whose next token is supervised
-l_SFT    sft     nats a token   mean cross-entropy of the answer's tokens
-l_cons   terms   (K,)           one mean squared difference of h' and h a layer; their mean
+l_SFT    sft     nats per token mean cross-entropy of the answer's tokens
+l_cons   terms   (K,)           mean squared difference of h' and h, per layer; their mean
 lambda   lam     -              weight of l_cons                                           5.0
+
+(D channels, L layers; h[0] is the embedding.)
 
 Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent the
 auxiliary model IS the model. The forward that gives h is also the ascent's, and one backward of
@@ -46,15 +48,16 @@ def ascend(th_aux, g, alpha, model=None, batch=None):
     and nothing moves. (model and batch are for the variants in methods/moves.py.)
     """
     norm = joint_norm(g)
-    for tensor, direction in zip(th_aux, g):
-        tensor += alpha * over_norm(direction, norm)
+    for tensor, grad in zip(th_aux, g):
+        tensor += alpha * over_norm(grad, norm)
     return norm
 
 
 def mse(h, h_aux, layers, model=None):
-    """Eq 5, one term a layer, (K,): the mean over positions and channels of (h' - h)^2.
+    """Eq 5, one term per layer, (K,): the mean over positions and channels of (h' - h)^2.
 
-    h is detached, a constant of the gradient, which flows through h' only.
+    h is detached, a constant of the gradient, which flows through h' only. (lfu_step has let go of
+    h's graph already; `--method attached` keeps it, and shows what happens without the detach.)
     The paper sums over channels; like the authors' code we average, because lambda = 5 is meant
     for that scale. (model is for the variants in methods/distances.py.)
     """
@@ -77,11 +80,11 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
         sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)         # both gradients at once
-        h, sft = [x.detach() for x in h], sft.detach()  # frees the first graph
+        h, sft = [x.detach() for x in h], sft.detach()  # h is a constant now; frees its graph
         g_norm = move(th_aux, grads_of(th_aux), alpha, model, batch)        # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
-        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6, in .grad
+        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6, added up
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
                 sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(h, h_aux, layers))

@@ -1,9 +1,10 @@
-"""Representation steering (RepS): one vector a layer, h'_l = h_l + d_l, as an auxiliary kind.
+"""Representation steering (RepS): one vector d_l per layer, as an auxiliary kind.
 
-Paper, section 3.1. d_l is added to the output of block l, so it travels on through the residual
-stream into every later block; the last one is added before the final norm. The vectors start at
-zero, live for one micro-batch and are moved by lfu.ascend alone. (The authors' code trains random
-vectors with Adam instead; see docs/method.md, "Paper and code".)
+Paper, section 3.1: h'_l = h_l + d_l. Here d_l is added to the output of block l, so that it travels
+on through the residual stream into every later block, and h'_l holds the earlier ones' effect as
+well; the last one is added before the final norm. The vectors start at zero, live for one
+micro-batch and are moved by lfu.ascend alone. (The authors' code trains random vectors with Adam
+instead; see docs/method.md, "Paper and code".)
 """
 from contextlib import contextmanager
 

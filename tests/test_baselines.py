@@ -164,7 +164,13 @@ def test_zero_strength_is_plain_sft(name):
         model, batch = tiny(tune, dtype), tiny_batch()
         got, values = added(name, model, *batch, **ZERO[name])
         expected, plain = added("sft", model, *batch)
-        assert equal(got, expected) and values["loss"] == plain["loss"]
+        if name in ("logit_kl", "attached"):  # the wider LoRA branch may add in another order
+            near = 1e-12 if dtype == torch.float64 else 1e-5
+            for key, own in expected.items():
+                assert (got[key] - own).abs().max() <= near * own.abs().max(), key
+            assert values["loss"].item() == pytest.approx(plain["loss"].item(), rel=near)
+        else:
+            assert equal(got, expected) and values["loss"] == plain["loss"]
 
 
 @pytest.mark.parametrize("name", BASELINES)

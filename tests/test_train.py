@@ -24,7 +24,7 @@ from lfu_min.engine import system
 from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
 from lfu_min.training import log, loop
-from lfu_min.training.loop import LossScale, Plan, micro_batch_seed, step_or_skip, suspects
+from lfu_min.training.loop import LossScale, Plan, micro_batch_seed, suspects, usable
 from lfu_min.training.settings import TAKES, get_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,26 +451,14 @@ def test_where_nothing_of_this_process_is_wrong_all_of_the_step_is_named():
         "examples " + ", ".join(map(str, range(7, 27))) + " and 3 more")
 
 
-class NoOptimizer:
-    """Counts its steps."""
-    steps = 0
-
-    def step(self):
-        self.steps += 1
-
-    def zero_grad(self, set_to_none):
-        pass
-
-
 def scales_of(overflows, steps):
     """The loss scales of `steps` steps, of which those in `overflows` overflow."""
-    scale, optimizer, found = LossScale(16.0), NoOptimizer(), []
+    scale, found = LossScale(16.0), []
     for step in range(1, steps + 1):
         found.append(scale.value)
         norm = math.inf if step in overflows else 1.0
-        step_or_skip(optimizer, dict(step=step, loss=1.0, grad_norm=norm, ascent_norm=0.0), scale,
-                     Plan([], 0, 1, 0, [[1]], [1]), [{}])
-    assert optimizer.steps == steps - len(overflows)
+        record = dict(step=step, loss=1.0, grad_norm=norm, ascent_norm=0.0)
+        assert usable(record, scale, Plan([], 0, 1, 0, [[1]], [1]), [{}]) == (step not in overflows)
     return found
 
 

@@ -17,7 +17,7 @@ from ..engine.passes import trained
 from ..files import data, jsons
 from ..methods import AUXILIARIES
 from ..scoring.generate import generate
-from .settings import strengths
+from .settings import method_settings
 
 NUMBERS = ("loss", "sft", "consistency", "ascent_norm", "sft_grad_norm", "consistency_grad_norm",
            "gradient_cosine")
@@ -40,7 +40,7 @@ def describe(s, model, examples, dropped, tokenizer, device):
     method = f"aux {s.aux}  "
     if s.method not in ("lfu", "sft"):
         method, lfu = f"method {s.method}  ", "".join(
-            f"{name} {value:g}  " for name, value in strengths(s, 1).items())
+            f"{name} {value:g}  " for name, value in method_settings(s, 1).items())
     print(f"lfu_min  {method}{lfu}{variants}tune {s.tune}  device {device}  dtype {s.dtype}  "
           f"python {versions['python']}  torch {versions['torch']}")
     print(f"model    {short(s.model)}: parameters {counts[0]:,} trainable, "

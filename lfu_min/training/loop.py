@@ -85,10 +85,10 @@ class LossScale:
             self.value, self.good = self.value * 2, 0
 
 
-def step_or_skip(optimizer, record, scale, plan, results):
-    """optimizer.step(), unless the gradient or Eq 2's g is not finite: then float16 overflowed in a
-    backward (or the ascent did not move, so that the step would be plain SFT), nothing is learned,
-    and the LossScale `scale` is halved.
+def usable(record, scale, plan, results):
+    """Whether the gradient is one to take an optimizer step with. It is not where it, or Eq 2's g,
+    is not finite: then float16 overflowed in a backward (or the ascent did not move, so that the
+    step would be plain SFT), nothing is to be learned, and the LossScale `scale` is halved.
 
     plan, results: of this step, the record's. Raises ValueError that names step and examples where
     the loss is not finite, or no smaller scale can help.
@@ -100,7 +100,6 @@ def step_or_skip(optimizer, record, scale, plan, results):
     bad = next((name for name in ("grad_norm", "ascent_norm")
                 if not math.isfinite(record[name])), None)
     if bad is None:
-        optimizer.step()
         scale.good_step()
     elif scale.value and scale.value > 2**-10:
         scale.overflow()
@@ -108,7 +107,7 @@ def step_or_skip(optimizer, record, scale, plan, results):
         what = "gradient" if bad == "grad_norm" else "ascent's gradient"
         raise ValueError(f"step {record['step']}: the {what}'s norm is {record[bad]} "
                          f"({suspects(plan, results)}); try a smaller --lr")
-    optimizer.zero_grad(set_to_none=True)
+    return bad is None
 
 
 def suspects(plan, results):

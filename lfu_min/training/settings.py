@@ -203,7 +203,7 @@ def fill_method(s):
         s.aux = "none"  # nothing auxiliary is attached
 
 
-def strengths(s, count):
+def method_settings(s, count):
     """The settings of the step BASELINES[s.method]; its lam is shared among the `count`
     micro-batches of an optimizer step."""
     values = {setting: getattr(s, flag) for flag, setting in TAKES[s.method].items()}
