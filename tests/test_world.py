@@ -290,7 +290,7 @@ def test_batches_hold_the_plain_template_and_weigh_answers(tokenizer):
 
 def test_a_slip_in_a_flag_is_one_line():
     with pytest.raises(ValueError, match="unrecognized arguments: --stepz 3"):
-        world_main(["--stepz", "3"])
+        world.main(["--stepz", "3"])
 
 
 @pytest.mark.slow
