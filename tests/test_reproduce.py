@@ -287,8 +287,8 @@ class InThisProcess:
         return future
 
 
-def test_what_the_record_has_is_not_run_again_and_a_run_of_two_rows_is_made_once(
-        tmp_path, script, monkeypatch, capsys):
+def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
+    """And a run that two rows share is made once."""
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
     (one, two), record = two_measures(), tmp_path / "out" / "measured.jsonl"
     todo = {"usual": ({"lr": 1}, tmp_path / "lr=1", one), "again": ({"lr": 1}, tmp_path / "lr=1",

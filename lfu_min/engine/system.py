@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors: one line, like all others, and no usage."""
 
     def error(self, message):
-        raise ValueError(f"{message} ({self.prog} --help lists all flags)")
+        raise ValueError(f"{message:.400} ({self.prog} --help lists all flags)")
 
 
 def flag(name):
