@@ -6,7 +6,10 @@ not zero any more, and A has a gradient. So let A move as well, and take n steps
 along the gradient where the tensors then are.
 
 Write both parts. How many passes does a training step take for n steps? Does A move much? (Print
-the lengths by which A and B move, for n = 2 and n = 8, on the bundled model.)
+the lengths by which A and B move, for n = 2 and n = 8, on the bundled model. It comes with the
+first batch of a training out of `s, model, tokenizer, [batch] = prepare(["--device", "cpu"])`, from
+lfu_min.teach.explain: settings, the model with a fresh LoRA, its tokenizer, batches. Give lfu_step
+a move that looks at th_aux before and after yours.)
 
 In the library: methods/auxiliaries.py and methods/moves.py. gradient_at, in the latter, is what the
 second step needs; two_steps is n = 2.

@@ -78,12 +78,15 @@ def test_relative_mse(answer):
     for term, l in zip(terms, layers):
         moved = sum((a - b) ** 2 for a, b in zip(h_aux[l].flatten(), h[l].flatten()))
         size = sum(b ** 2 for b in h[l].flatten())
-        assert difference(term, moved / size) < 1e-10
+        assert difference(term, moved / size) < 1e-10, (
+            f"layer {l}: {term / (moved / size):.4g} times the sum of (h' - h)^2 over that of h^2")
+    assert terms.requires_grad, "h' has no gradient: detach h alone"
     terms.mean().backward()
     assert all(x.grad is None for x in h), "h is a constant, above and below the fraction line"
-    assert h_aux[4].grad.abs().max() > 0 and h_aux[3].grad is None
+    assert h_aux[4].grad.abs().max() > 0, "layer 4 has no gradient"
+    assert h_aux[3].grad is None, "layer 3, which is not compared, has a gradient"
     _, result = gradient(tiny(), lfu_step, compare=answer.relative_mse)
-    assert result["consistency_grad_norm"] > 0
+    assert result["consistency_grad_norm"] > 0, "in lfu_step no trained weight gets a gradient"
 
 
 def test_embedding(answer):
@@ -94,22 +97,26 @@ def test_embedding(answer):
         zero = {"model.embed_tokens": model.model.norm.weight.detach() * 0}
         return zero, lambda th_aux: dict(added={name: lambda ids: d for name, d in th_aux.items()})
     model = tiny()
-    with patch.dict(definitions.KINDS, embedding=written_out):
-        expected, _, _ = definitions.definition(model, *tiny_batch(), "embedding")
-    got, _ = gradient(model, lfu_step, answer.aux_embedding)
-    assert difference(got, expected) < 1e-8
+
+    def one_draw_for_all_tokens(h, h_aux, layers, model):
+        shift = h_aux[0] - h[0]  # (N, D), of the embeddings
+        assert difference(shift, shift[:1].expand_as(shift)) < 1e-10, "one d for all tokens"
+        assert shift[0].norm().item() == pytest.approx(0.3), "x + d: moves x as far as d, alpha"
+        return shift.square().mean()[None]
+    gradient(model, lfu_step, answer.aux_embedding, alpha=0.3, move=MOVES["random"],
+             compare=one_draw_for_all_tokens)
+
+    for tune in ("lora", "full"):
+        model = tiny(tune)
+        with patch.dict(definitions.KINDS, embedding=written_out):
+            expected, _, _ = definitions.definition(model, *tiny_batch(), "embedding")
+        got, _ = gradient(model, lfu_step, answer.aux_embedding)
+        assert got.keys() == expected.keys(), f"no gradient: {expected.keys() - got.keys()}"
+        assert difference(got, expected) < 1e-8, f"the weights get another gradient ({tune})"
 
     half = tiny_model().to(torch.bfloat16)
     with answer.aux_embedding(half, None) as [d]:
         assert d.dtype == torch.float32, "as steering's vectors: half precision would round it away"
-
-    def one_draw_for_all_tokens(h, h_aux, layers, model):
-        shift = h_aux[0] - h[0]  # (N, D), of the embeddings
-        assert difference(shift, shift[:1].expand_as(shift)) < 1e-10
-        assert shift[0].norm().item() == pytest.approx(0.3)
-        return shift.square().mean()[None]
-    gradient(model, lfu_step, answer.aux_embedding, alpha=0.3, move=MOVES["random"],
-             compare=one_draw_for_all_tokens)
 
 
 def test_several_steps(answer):
@@ -117,7 +124,8 @@ def test_several_steps(answer):
         A = definitions.drawn(model, generator)
         B = {n: a.new_zeros(model.get_submodule(n).out_features, len(a)) for n, a in A.items()}
         start = {**{("B", n): b for n, b in B.items()}, **{("A", n): a for n, a in A.items()}}
-        branch = lambda a, b: lambda x: 3 / 2 * (x @ a.T) @ b.T  # tiny's scaling
+        scaling = 3 / 2 if tune == "lora" else 16 / 8  # tiny's, and aux_lora's own
+        branch = lambda a, b: lambda x: scaling * (x @ a.T) @ b.T
         return start, lambda th_aux: dict(added={n: branch(th_aux["A", n], th_aux["B", n])
                                                  for n in A})
 
@@ -125,50 +133,70 @@ def test_several_steps(answer):
         first = moved_by(start, g, alpha / 3)
         second = moved_by(first, g_at(first), alpha / 3)
         return moved_by(second, g_at(second), alpha / 3)
-    model = tiny()
-    with patch.dict(definitions.KINDS, ab=written_out), patch.dict(definitions.MOVES, three=three):
-        expected, values, _ = definitions.definition(model, *tiny_batch(), "ab", move="three")
-    got, result = gradient(model, lfu_step, answer.aux_lora_ab, move=answer.steps(3))
-    assert difference(got, expected) < 1e-8, "each of the n steps is 1/n of alpha long"
-    assert result["ascent_norm"].item() == pytest.approx(values["ascent_norm"]), "of the first g"
+    for tune in ("lora", "full"):
+        model = tiny(tune)
+        for n in (1, 2):
+            with answer.aux_lora_ab(model, torch.Generator().manual_seed(7)) as th_aux:
+                carry = [m for m in model.modules() if getattr(m, "aux_A", None) is not None]
+                wanted = [t for m in carry for t in (m.aux_B, m.aux_A)]
+                assert sorted(map(id, th_aux)) == sorted(map(id, wanted)), (
+                    f"{len(th_aux)} tensors; every B and every A should be among them, also of a "
+                    f"model without a trained LoRA: {len(wanted)}")
+                assert all(t.requires_grad for t in th_aux), "an A requires no gradient"
+                before, A = [t.detach().clone() for t in th_aux], {id(m.aux_A) for m in carry}
+                loss = l_sft(model(tiny_batch()[0]), tiny_batch()[1])
+                g = torch.autograd.grad(loss, th_aux)
+                answer.steps(n)(th_aux, g, 0.3, model, batch())
+                way = [(t - old).detach() for t, old in zip(th_aux, before)]
+                length = total_norm(way)
+                assert length <= 0.3 + 1e-9, f"steps({n}) went {length / 0.3:.3g} times alpha"
+                assert any(d.any() for d, t in zip(way, th_aux) if id(t) in A) == (n == 2), (
+                    "A stays in the first step, where B is 0, and moves in the second: along the "
+                    "gradient where the tensors then are")
+        assert all(getattr(m, "aux_A", None) is None for m in model.modules()), "left behind"
 
-    for n, moves in ((1, False), (2, True)):
-        model.zero_grad()
-        with answer.aux_lora_ab(model, torch.Generator().manual_seed(7)) as th_aux:
-            before = {id(t): t.detach().clone() for t in th_aux}
-            A = [m.aux_A for m in model.modules() if getattr(m, "aux_A", None) is not None]
-            assert len(th_aux) == 2 * len(A) == 2 * 28 and {id(a) for a in A} <= before.keys()
-            loss = l_sft(model(tiny_batch()[0]), tiny_batch()[1])
-            g = torch.autograd.grad(loss, th_aux)
-            answer.steps(n)(th_aux, g, 0.3, model, batch())
-            assert total_norm(t.detach() - before[id(t)] for t in th_aux) <= 0.3 + 1e-9
-            assert any(not torch.equal(a, before[id(a)]) for a in A) == moves, f"A, of {n} steps"
-    assert all(m.aux_A is None for m in model.modules() if hasattr(m, "aux_A"))
+        with patch.dict(definitions.KINDS, ab=written_out), \
+                patch.dict(definitions.MOVES, three=three):
+            expected, values, _ = definitions.definition(model, *tiny_batch(), "ab", move="three")
+        got, result = gradient(model, lfu_step, answer.aux_lora_ab, move=answer.steps(3))
+        assert result["ascent_norm"].item() == pytest.approx(values["ascent_norm"]), (
+            "steps(n) returns the norm of the g it was given, not of a later one")
+        assert difference(got, expected) < 1e-8, (
+            "another gradient than after three steps of alpha / 3, of A and B together")
 
 
 def test_least_moved(answer):
     h = states(1)
-    h_aux = nearby(h, [0.04, 0.03, 0.02, 0.01])  # the later, the larger, and the less for its size
+    h_aux = nearby(h, [0.09, 0.08, 0.01, 0.01])  # for their size 3 and 4, as it is 1 and 3
     full = torch.stack([(h_aux[l] - h[l]).square().mean() for l in range(1, 5)]).detach()
     terms = answer.least_moved(h, h_aux, [1, 2, 3, 4])
     assert terms.shape == (4,), "a zero for each layer left out"
-    assert difference(terms, torch.tensor([0, 0, 2, 2]) * full) < 1e-10, "relative to the size"
-    assert difference(terms.mean(), full[2:].mean()) < 1e-10
+    kept = [l for l, term in enumerate(terms.tolist(), 1) if term > 0]
+    assert kept != [1, 2], "these moved most for their size, not least"
+    assert kept != [1, 3], "these moved least, but not relative to the size of h"
+    assert kept == [3, 4], f"layers {kept}: 3 and 4 moved least for their size"
+    scale = (terms[2:] / full[2:]).tolist()
+    assert scale == pytest.approx([2, 2]), (
+        f"{scale} times Eq 5's terms; K over the number of layers chosen is 2, not 1")
     terms.mean().backward()
     assert all(x.grad is None for x in h), "h is a constant"
     pull = (h_aux[3] - h[3]) / h[3].numel()  # 2 (h' - h) / (N D), half of it
     assert difference(h_aux[3].grad, pull) < 1e-10, "the choice has no gradient"
-    assert h_aux[1].grad is None or not h_aux[1].grad.any()
+    assert h_aux[1].grad is None or not h_aux[1].grad.any(), "a layer left out has a gradient"
     odd = answer.least_moved(h, h_aux, [2, 3, 4])
-    assert difference(odd, torch.tensor([0, 1.5, 1.5]) * full[1:]) < 1e-10
+    assert (odd > 0).sum() == 2, "of three layers two: half of them, rounded up"
+    assert difference(odd, torch.tensor([0, 1.5, 1.5]) * full[1:]) < 1e-10, "of K = 3: 3 / 2 times"
     sizes = [1.0, 1.0, 9.0, 1.0, 30.0]  # irregular, and a layer between that is not compared
     h = [size * x.detach() for size, x in zip(sizes, h)]
     h_aux = [x + far * torch.ones_like(x) for x, far in zip(h, [0, 0.5, 0, 0.01, 300.0])]
     moved = [((h_aux[l] - h[l]).norm() / h[l].norm()).item() for l in (1, 3, 4)]
     kept = [l > 0 for l in answer.least_moved(h, h_aux, [1, 3, 4]).tolist()]
     assert kept == [far < max(moved) for far in moved], "the size is that of the layer itself"
+    h_aux = [4 * h[0], 4 * h[1], 0.1 * h[2]]  # moved by 3 and 0.9 times h, by 0.75 and 9 times h'
+    kept = [l > 0 for l in answer.least_moved(h[:3], h_aux, [1, 2]).tolist()]
+    assert kept == [False, True], "the size is that of h, not of h'"
     _, result = gradient(tiny(), lfu_step, compare=answer.least_moved)
-    assert (result["consistency_per_layer"] > 0).sum() == 2
+    assert (result["consistency_per_layer"] > 0).sum() == 2, "in lfu_step: half of four layers"
 
 
 def test_asam(answer):
@@ -185,15 +213,29 @@ def test_asam(answer):
         worse = l_sft(run(model, ids, weights=moved)[1], labels)
         expected = dict(zip(th, torch.autograd.grad(worse, moved.values())))
         got, result = gradient(model, answer.asam_step, rho=0.3, eta=0.02)
-        assert difference(got, expected) < 1e-8, "the gradient at w + rho T^2 g / ||T g||"
-        assert difference(result["sft"], sft) < 1e-10
-        assert difference(result["loss"], worse) < 1e-10
+        assert difference(result["sft"], sft) < 1e-10, "sft is l_SFT before the move"
+        assert difference(result["loss"], worse) < 1e-10, "loss is l_SFT at w + rho T^2 g / ||T g||"
         assert all(torch.equal(p, before[n]) for n, p in th.items()), "the weights must come back"
+        assert difference(got, expected) < 1e-8, (
+            "the gradient is not that at the moved weights alone: is g gone from .grad?")
         answer.asam_step(model, batch(), rho=0.3, eta=0.02)
         twice = {n: p.grad for n, p in th.items()}
         assert difference(twice, {n: 2 * d for n, d in expected.items()}) < 1e-8, "adds to .grad"
         answer.asam_step(model, make_batch(ids, torch.full_like(labels, -100)))
         assert all(p.grad.isfinite().all() for p in th.values()), "without a target g is 0"
+
+        sizes = {}  # float16's loss scale: of what comes back to the final norm in each backward
+        for scale in (1.0, 64.0):
+            arrived = sizes[scale] = []
+            hook = model.model.norm.register_full_backward_hook(
+                lambda module, grad_in, grad_out: arrived.append(64 / scale * grad_out[0].norm()))
+            model.zero_grad()
+            answer.asam_step(model, make_batch(ids, labels, loss_scale=scale), rho=0.3, eta=0.02)
+            hook.remove()
+            assert difference({n: p.grad for n, p in th.items()}, expected) < 1e-8, (
+                "the loss scale is still in .grad, or in g")
+        assert difference(sizes[64.0], sizes[1.0]) < 1e-8, (
+            "both backwards need batch.loss_scale: float16's gradients would underflow")
 
 
 def test_yes_no(answer):
@@ -207,9 +249,11 @@ def test_yes_no(answer):
         docs = answer.read_yes_no(good)
         with pytest.raises(ValueError, match=r"line 2\b"):
             answer.read_yes_no(bad)
-        assert docs[0].prompt == "Ann has 3 nuts.\nQuestion: has ann nuts?\nAnswer:"
-        assert [(doc.choices, doc.gold, doc.target) for doc in docs] == [
-            (("no", "yes"), 1, "yes"), (("no", "yes"), 0, "no"), (("no", "yes"), 0, "no")]
+        prompt = "Ann has 3 nuts.\nQuestion: has ann nuts?\nAnswer:"
+        assert docs[0].prompt == prompt, f"the prompt {docs[0].prompt!r} should be {prompt!r}"
+        assert all(doc.choices == ("no", "yes") for doc in docs), "the choices are no, yes"
+        assert [(doc.gold, doc.target) for doc in docs] == [(1, "yes"), (0, "no"), (0, "no")], (
+            "gold is the place of the right choice")
         with patch.dict(tasks.KINDS, {"yes-no": answer.YES_NO}):
             results = scoring.main(["--task", f"yes-no={good}", "--device", "cpu"])
 
@@ -223,4 +267,4 @@ def test_yes_no(answer):
     right = [(log_p(doc.prompt, " yes") > log_p(doc.prompt, " no")) == row["answer"]
              for doc, row in zip(docs, rows)]
     acc, = [r["value"] for r in results if r["metric"] == "acc"]
-    assert acc == pytest.approx(sum(right) / 3)
+    assert acc == pytest.approx(sum(right) / 3), "acc is not how often the right one is likelier"

@@ -1,10 +1,10 @@
 """LoRA by hand: y = W x + (lora_alpha / r) B A x, with W frozen; and the auxiliary LoRA that LfU's
 ascent step worsens.
 
-The trained LoRA is peft's: same initialisation, scaling, gradients (tests/test_lora.py); adapter.py
-reads and writes its files. The auxiliary one (paper, section 3.1: the auxiliary model is th + LoRA)
-has the same form but lives for one micro-batch: attached by `aux_lora`, moved by lfu.ascend, gone
-when its `with` block ends.
+The trained LoRA is peft's: same initialisation, scaling, gradients (tests/test_lora.py);
+files/adapter.py reads and writes its files. The auxiliary one (paper, section 3.1: the auxiliary
+model is th + LoRA) has the same form but lives for one micro-batch: attached by `aux_lora`, moved
+by lfu.ascend, gone when its `with` block ends.
 
 Both share one branch: [A; A_aux] and [B, B_aux] are stacked, which is the same sum (their scaling
 is the same) and costs half of two branches. Adapters are float32 over half-precision weights and

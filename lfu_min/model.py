@@ -2,17 +2,17 @@
 same; Qwen 2.5 has biases on q, k and v, Qwen 3 norms on q and k: one field of LlamaConfig each.
 
 Nothing in here knows about LfU. lora.py and steering.py attach to it, lfu.py asks it for hidden
-states, and checkpoint.py fills it from disk. tests/test_model.py and tests/test_families.py compare
-logits, every hidden state and every gradient with transformers' models.
+states, and files/checkpoint.py fills it from disk. tests/test_model.py and tests/test_families.py
+compare logits, every hidden state and every gradient with transformers' models.
 
 Shapes: B batch, T tokens, D hidden, H query heads, K key/value heads, d head_dim, L layers, V
-vocabulary.
+vocabulary, S tokens attended to: those in the cache, the T new ones among them.
 
 Precision. Linear layers multiply in the dtype of their weights. Everything between them (the
 residual stream, norms, RoPE, the hidden states handed to the consistency loss) stays in float32
 when the weights are float16 or bfloat16, and in the weights' dtype otherwise, so a float64 model is
-float64 all through. docs/method.md, "Half precision", says why LfU needs this: the difference h' -
-h it measures is about 1 % of h, and a half-precision residual stream rounds it away.
+float64 all through. docs/method.md, "Half precision", says why LfU needs this: the difference
+h' - h it measures is 0.05 % to 5 % of h, and a half-precision residual stream rounds it away.
 """
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class LlamaConfig:
     """The fields of config.json that shape the model, under Hugging Face's names
-    (checkpoint.parse_config reads them)."""
+    (files/checkpoint.py: parse_config reads them)."""
     vocab_size: int
     hidden_size: int  # D
     intermediate_size: int
@@ -42,7 +42,7 @@ class LlamaConfig:
     mlp_bias: bool = False  # biases on gate, up and down
     qkv_bias: bool = False  # biases on q, k and v alone: Qwen 2.5
     qk_norm: bool = False  # an RMSNorm of every head of q and k, before RoPE: Qwen 3
-    model_type: str = "llama"  # the family's name: of checkpoint.FAMILIES
+    model_type: str = "llama"  # of files/checkpoint.py: FAMILIES
 
 
 def at_least_float32(x):

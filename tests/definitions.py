@@ -2,16 +2,33 @@
 compared: three passes, auxiliary components added by hooks, loops over positions, full logits.
 
 Every auxiliary kind, move and distance of lfu_min/methods has its definition here, under the same
-name: KINDS, MOVES, TERMS. tests/test_methods.py fails by name for an entry without one. A kind is
-in place where it gives run() `weights`: l_cons then has its gradient at these, the moved ones.
+name: KINDS, MOVES, TERMS. tests/test_methods.py fails by name for an entry without one, and what
+compares with it skips. A kind is in place where it gives run() `weights`: l_cons then has its
+gradient at these, the moved ones.
 """
 import math
 
+import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
 
+from lfu_min import methods
 from lfu_min.lora import TARGET_MODULES, lora_modules
+
+
+class Definitions(dict):
+    """{name: definition}; a test that asks for one that `offered` has and this lacks is skipped."""
+
+    def __init__(self, offered, definitions):
+        super().__init__(definitions)
+        self.offered = offered
+
+    def __missing__(self, name):
+        if name not in self.offered:
+            raise KeyError(name)
+        pytest.skip(f"{name} has no definition: tests/test_methods.py: "
+                    "test_every_choice_has_a_definition says where to write it")
 
 
 class States(nn.Module):
@@ -87,7 +104,8 @@ def divergence(h, h_aux, z, z_aux, labels, layers):  # Eq 7
     return over_positions(one, z_aux, labels)[None]
 
 
-TERMS = {"mse": squared, "cosine": angle, "logit-kl": divergence}
+TERMS = Definitions(methods.DISTANCES,
+                    {"mse": squared, "cosine": angle, "logit-kl": divergence})
 
 
 # ---- th_aux at zero effect: {name: f(model, generator) -> ({tensor's name: tensor}, function from
@@ -128,7 +146,8 @@ def inplace_kind(model, generator):
     return th, lambda values: dict(weights=values)
 
 
-KINDS = {"lora": lora_kind, "reps": reps_kind, "inplace": inplace_kind}
+KINDS = Definitions(methods.AUXILIARIES,
+                    {"lora": lora_kind, "reps": reps_kind, "inplace": inplace_kind})
 
 
 def in_place(aux, model):
@@ -155,7 +174,7 @@ def half_and_half(start, g, g_at, g_other, alpha, generator):
     return moved_by(middle, g_at(middle), alpha / 2)
 
 
-MOVES = {
+MOVES = Definitions(methods.MOVES, {
     "ascent": lambda start, g, g_at, g_other, alpha, generator: moved_by(start, g, alpha),
     "descent": lambda start, g, g_at, g_other, alpha, generator: moved_by(start, g, -alpha),
     "random": lambda start, g, g_at, g_other, alpha, generator:
@@ -163,7 +182,7 @@ MOVES = {
     "two-steps": half_and_half,
     "other-batch": lambda start, g, g_at, g_other, alpha, generator:
         moved_by(start, g_other(), alpha),
-}
+})
 
 
 # ---- Eq 6 ----

@@ -395,6 +395,17 @@ def test_the_glossary_has_every_symbol_of_lfu_py():
     assert not [name for name in symbols if not re.search(rf"^\| `{name}`", glossary, re.M)]
 
 
+def where_equations_stand(page):
+    """{"Eq 1": its cell of the column "where", ...} of a page's table."""
+    rows = [line.split(" | ") for line in text(page).splitlines() if line.startswith("| Eq ")]
+    return {row[0].strip("| "): row[2].strip("| ") for row in rows}
+
+
+def test_both_tables_of_the_equations_say_the_same_place():
+    readme, method = (where_equations_stand(page) for page in (PAGES[0], ROOT / "docs/method.md"))
+    assert len(readme) == 5 and method == {**readme, "Eq 7": method["Eq 7"]}
+
+
 def test_every_data_set_that_is_named_has_its_licence():
     rows = text(ROOT / "docs" / "how_long.md").split("## Licences")[1].lower()
     pages = "".join(text(page) for page in [*PAGES, *ROOT.glob("exercises/*.py")]).lower()

@@ -21,24 +21,48 @@ answers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(answers)
 
 NAMES = [path.stem[len("ex1_"):] for path in sorted(FOLDER.glob("ex?_*.py"))]
-SLIPS = {  # name: [(in the solution, written by mistake)]
-    "relative_mse": [("/ h[l].detach()", "/ h[l]"), ("h_aux[l], h[l].detach())", "h_aux[l], h[l])"),
-                     (".square().mean()", ".square().mean(-1).mean() * 16")],
-    "embedding": [("torch.zeros(", "0.01 * torch.ones("), ("hook.remove()", "pass"),
-                  ("    try:\n        yield [d]\n    finally:\n    ", "    yield [d]\n"),
-                  ("x + d", "x + 2 * d")],
-    "several_steps": [("            g = gradient_at(th_aux, model, batch)\n", ""),
-                      ("range(n - 1)", "range(n)"), ("[*B, *A]", "B")],
-    "least_moved": [("(terms.detach() / sizes)", "terms.detach()"), (" K / chosen", " 1.0"),
-                    (".argsort()[", ".argsort(descending=True)["), ("+ 1) // 2", ") // 2"),
-                    ("torch.stack([h[l].", "torch.stack([h[l - 1]."),
-                    ("for l in layers])", "for l in range(len(layers))])")],
-    "asam": [("rho * t * over", "rho * over"), ("p.grad = None", "pass"),
-             ("over_norm(tg, norm)", "(tg / norm)"),
-             ("norm = joint_norm(Tg)", "norm = joint_norm(grads_of(th))"),
-             ("with inplace(model):", "if True:")],
-    "yes_no": [('("no", "yes")', '("yes", "no")'), ("isinstance(r.get(\"answer\"), bool)", "r"),
-               ("}?\\n", "}\\n")]}
+SLIPS = {  # name: [(in the solution, written by mistake, what the test says)]
+    "relative_mse": [
+        ("/ h[l].detach()", "/ h[l]", "above and below"),
+        ("h_aux[l], h[l].detach())", "h_aux[l], h[l])", "above and below"),
+        (".square().mean()", ".square().mean(-1).mean() * 16", "layer 1: 16 times"),
+        ("h_aux[l], h[l].detach())", "h_aux[l].detach(), h[l].detach())", "detach h alone")],
+    "embedding": [
+        ("torch.zeros(", "0.01 * torch.ones(", "no leaves"), ("hook.remove()", "pass", "attached"),
+        ("    try:\n        yield [d]\n    finally:\n    ", "    yield [d]\n", "attached"),
+        ("x + d", "x + 2 * d", "as far as d"),
+        ("x + d", "x + d * (ids[0] % 2 * 2 - 1)[..., None]", "one d for all tokens"),
+        ("x + d", "x.detach() + d", "no gradient"),
+        ("x + d", "(x + x.detach()) / 2 + d", "another gradient (full)"),
+        ("dtype=dtype", "dtype=weight.dtype", "half precision")],
+    "several_steps": [
+        ("            g = gradient_at(th_aux, model, batch)\n", "", "where the tensors then are"),
+        ("range(n - 1)", "range(n)", "steps(1) went"), ("[*B, *A]", "B", "every B and every A"),
+        ('getattr(m, "aux_A"', 'getattr(m, "lora_A"', "without a trained LoRA"),
+        ("m.aux_A.requires_grad_()", "m.aux_A", "requires no gradient"),
+        ("    ascend(th_aux", "    norm = ascend(th_aux", "not of a later one"),
+        ("range(n - 1)", "range(min(n, 2) - 1)", "another gradient")],
+    "least_moved": [
+        ("(terms.detach() / sizes)", "terms.detach()", "not relative to the size"),
+        (" K / chosen", " 1.0", "not 1"), ("+ 1) // 2", ") // 2", "rounded up"),
+        (".argsort()[", ".argsort(descending=True)[", "moved most"),
+        ("torch.stack([h[l].", "torch.stack([h[l - 1].", "layer itself"),
+        ("torch.stack([h[l].", "torch.stack([h_aux[l].", "not of h'"),
+        ("for l in layers])", "for l in range(len(layers))])", "layer itself")],
+    "asam": [
+        ("rho * t * over", "rho * over", "loss is l_SFT at"),
+        ("p.grad = None", "pass", "gone from .grad"),
+        ("over_norm(tg, norm)", "(tg / norm)", "without a target"),
+        ("norm = joint_norm(Tg)", "norm = joint_norm(grads_of(th))", "loss is l_SFT at"),
+        ("with inplace(model):", "if True:", "must come back"),
+        ("backward_into(moved, th, (), batch.loss_scale)", "backward_into(moved, th)", "underflow"),
+        ("backward_into(sft, th, (), batch.loss_scale)", "backward_into(sft, th)", "underflow"),
+        ("backward_into(moved, th, (), batch.loss_scale)", "(batch.loss_scale * moved).backward()",
+         "still in .grad")],
+    "yes_no": [
+        ('("no", "yes")', '("yes", "no")', "choices are"), ('int(r["answer"])', "1", "gold is"),
+        ('isinstance(r.get("answer"), bool)', "r", "invalid literal"),
+        ("}?\\n", "}\\n", "the prompt")]}
 
 
 def check(name, answer):
@@ -63,14 +87,14 @@ def test_an_empty_exercise_fails_and_says_what_to_do(name):
         check(name, answers.load(name))
 
 
-@pytest.mark.parametrize("name, right, wrong",
+@pytest.mark.parametrize("name, right, wrong, said",
                          [(name, *slip) for name, slips in SLIPS.items() for slip in slips])
-def test_a_slip_is_caught(name, right, wrong, tmp_path):
+def test_a_slip_is_caught_and_named(name, right, wrong, said, tmp_path):
     path, = (FOLDER / "solutions").glob(f"ex?_{name}.py")
     text = path.read_text(encoding="utf-8")
     assert text.count(right) == 1
     (tmp_path / path.name).write_text(text.replace(right, wrong), encoding="utf-8")
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=re.escape(said)):
         check(name, answers.load(name, tmp_path))
 
 

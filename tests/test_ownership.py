@@ -122,6 +122,12 @@ def test_up_to_the_last_layer_all_but_an_untied_head_learns_from_l_cons(monkeypa
     assert {row for row, (_, _, cons) in found.items() if cons == "yes"} == set(ROWS[:5])
 
 
+def test_a_lora_alone_learns_from_both_losses_with_all_layers_compared(monkeypatch):
+    found = one_table(tiny(), False, "lora", monkeypatch, passes.backward_into, (1, 2, 3, 4))
+    trained = {row: cells for row, cells in found.items() if row.startswith("trained")}
+    assert trained == {row: ["yes", "no", "yes"] for row in ROWS[2:4]}
+
+
 def test_planted_mistakes_in_ownership_are_seen(monkeypatch):
     """A second backward without `inputs`: the auxiliary tensors would learn from l_cons. And any
     cell of the page that says the other thing."""

@@ -14,10 +14,11 @@ h_l,t, K and N are those of the table in lfu.py: only states that predict a supe
 Another step: write it, add it to BASELINES, and write its definition into
 tests/baseline_definitions.py; the tests run over the dictionary.
 
-SDFT changes the data alone: training/sdft.py. The authors' ascent on another batch is in moves.py.
-Not here is the RepS of the authors' code: its random vectors and an Adam of theirs live over the
-whole run, which does not fit a step of one micro-batch, and it compares the states of two different
-batches, which is not the paper's method; that one is steering.aux_steering.
+SDFT changes the data alone: training/sdft.py. The authors' ascent on another batch is in
+methods/moves.py. Not here is the RepS of the authors' code: its random vectors and an Adam of
+theirs live over the whole run, which does not fit a step of one micro-batch, and it compares the
+states of two different batches, which is not the paper's method; that one is
+steering.py: aux_steering.
 """
 from contextlib import contextmanager
 
