@@ -30,10 +30,10 @@ WORDINGS = {"trained": "{story} How many {things} does {n} have now?",
 ATTACK_STEPS, ATTACK_LR = (0, 1, 2, 3, 5, 10, 20, 30, 40, 60), 1e-3
 
 
-def loaded(run):
-    """(model, tokenizer) of a run folder of the bundled model, or of the model itself."""
-    _, model = next(each_model(BUNDLED, [Run(str(run), run)], "cpu", torch.float32))
-    return model, load_tokenizer(BUNDLED)
+def loaded(run, base=BUNDLED):
+    """(model, tokenizer) of a run folder; run None: of the base itself, a folder."""
+    _, model = next(each_model(base, [Run(str(run), run)], "cpu", torch.float32))
+    return model, load_tokenizer(base)
 
 
 def scores(run, split):

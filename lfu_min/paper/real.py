@@ -16,14 +16,11 @@ from functools import partial
 from pathlib import Path
 import random
 
-import torch
-
 from ..engine import system
 from ..files import data, jsons
 from ..files.tokenizer import load_tokenizer
 from ..scoring import tasks
 from ..scoring.measures import mean_result
-from ..scoring.runs import Run, each_model
 from . import jobs, measures, report
 from .experiments import Experiment
 
@@ -74,16 +71,10 @@ def nll(model, tokenizer, file, count=None):
     return tasks.nll(model, tokenizer, docs, tasks.Options(batch_size=8), count=count)[0][0].value
 
 
-def loaded(run, model):
-    """(model, tokenizer) of a run; run None: of the model itself."""
-    _, trained = next(each_model(model, [Run(str(run), run)], "cpu", torch.float32))
-    return trained, load_tokenizer(model)
-
-
 def scores(run, model, files, held_out, other):
     """What a run learned and kept, {column: number}; run None: the model itself. Shares in per
     cent, losses in nats a token, the margin in nats a question. held_out, other: files."""
-    trained, tokenizer = loaded(run, model)
+    trained, tokenizer = measures.loaded(run, model)
     options = tasks.Options(batch_size=8, max_new_tokens=128)
     solved, _ = tasks.gsm8k(trained, tokenizer, tasks.read_gsm8k(files / "gsm8k_test.jsonl"),
                             options, count=SOLVED)
@@ -102,7 +93,7 @@ def scores(run, model, files, held_out, other):
 
 def validation(run, model, file):
     """What chooses the learning rate: the loss on examples that are used for nothing else."""
-    return {"validation nll": nll(*loaded(run, model), file)}
+    return {"validation nll": nll(*measures.loaded(run, model), file)}
 
 
 def job(setting, seed, name, s, more=()):

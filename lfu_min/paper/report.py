@@ -28,7 +28,7 @@ def words(setting):
     return ", ".join(f"{k} {v}" for k, v in setting.items() if k not in ("aux", "method", "data"))
 
 
-def tuning(found, chosen, by, rows):
+def tuning(found, chosen):
     """The page of `tune`: every setting's two numbers, and what the rule chose."""
     lines = []
     for method, points in found.items():

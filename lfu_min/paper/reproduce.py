@@ -101,7 +101,7 @@ def tune(s):
         found[method].append((setting, x, y))
     chosen = grid.choose(found)
     jsons.write_json(TUNED, chosen)
-    return report.tuning(found, chosen, by, rows)
+    return report.tuning(found, chosen)
 
 
 def rule(s):
