@@ -50,13 +50,18 @@ def changed(method, **changes):
     return rows
 
 
+def same_rate(tuned):
+    """SFT at the learning rate of LfU-lora's best setting: how much of LfU's gain is the rate's?"""
+    return tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}
+
+
 def ablation(tuned):
     """LfU-lora with one part replaced, and SFT at LfU's own learning rate."""
     own = {k: v for k, v in tuned["LfU-lora"]["best"].items() if k != "aux"}
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"))(tuned) | {
         "h not detached": own | {"method": "attached"},
-        "SFT at its lr": tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}}
+        "same-lr SFT": same_rate(tuned)}
 
 
 def aligned(*methods):
@@ -69,9 +74,11 @@ def aligned(*methods):
 
 
 def sizes(tuned):
-    """SFT and LfU on 16 to 256 examples, always 160 steps, at the settings best for 64."""
+    """SFT and LfU on 16 to 256 examples, always 160 steps, at the settings best for 64; SFT also
+    at LfU's learning rate, on the smallest two."""
     return {f"{method} n={n}": tuned[method]["best"] | {"examples": n}
-            for n in SIZES for method in ("SFT", "LfU-lora", "LfU-reps")}
+            for n in SIZES for method in ("SFT", "LfU-lora", "LfU-reps")} | {
+        f"same-lr SFT n={n}": same_rate(tuned) | {"examples": n} for n in SIZES[:2]}
 
 
 MAIN = ("SFT", "NEFTune", *grid.LFU)

@@ -69,8 +69,10 @@ def tradeoff(path, by):
 
 
 def examples(path, by):
-    """Learned, and kept, over the number of examples."""
-    drawn, sizes = looks(by), list(dict.fromkeys(row.split(" n=")[1] for row in by))
+    """Learned, and kept, over the number of examples; of methods that were run on each number."""
+    sizes = list(dict.fromkeys(row.split(" n=")[1] for row in by))
+    drawn = {name: style for name, style in looks(by).items()
+             if all(f"{name} n={size}" in by for size in sizes)}
     with picture(path, [NARROW, NARROW]) as (fig, axes):
         for axis, column, title in zip(axes, ("word problems", "category mean"),
                                        ("word problems (%)", "other categories (%)")):

@@ -121,8 +121,9 @@ def page(name, experiment, by, seeds, figure, line):
                 cells.append("-")
                 continue
             m, half = interval([a[column] - b[column] for a, b in zip(found, by[sft])])
+            wide = "" if math.isnan(half) else f" ± {half:.{digits(column)}f}"  # of a single seed
             star = "*" if abs(m) > half else ""
-            cells.append(f"{m:+.{digits(column)}f} ± {half:.{digits(column)}f}{star}")
+            cells.append(f"{m:+.{digits(column)}f}{wide}{star}")
         differences.append(cells)
     lines = [f"# {name}: {experiment.shows}", *command(line), "",
              f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds.", "",
