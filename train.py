@@ -112,7 +112,7 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
     """The loop: one optimizer step a turn, of which process 0 writes the log. After a signal (stop,
     see system.stop_signals) it saves a checkpoint and exits."""
     th = trained(model)
-    fused = team.device.type == "cuda" or None
+    fused = team.device.type == "cuda" or None  # None: torch's choice
     optimizer = torch.optim.AdamW(th, lr=s.lr, weight_decay=0.0, fused=fused)
     scale = LossScale(TOKEN_SCALE if s.dtype == "fp16" else None)
     checkpoints = Checkpoints(s, out, team, model, optimizer, scale, stop)
@@ -131,7 +131,8 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
                 continue
             # forward: h and l_SFT (Eq 3, 1); backward: g and l_SFT's gradient; ascent (Eq 2);
             # forward: h' (Eq 4) and the MSE (Eq 5); backward (Eq 6). See lfu_min/lfu.py.
-            # lam / count: l_cons is the mean over the step's micro-batches, as l_SFT already is.
+            # lam / count: l_cons is the mean over the step's micro-batches; l_SFT is divided by
+            # the step's supervised tokens already (batch.divisor).
             results.append(lfu_step(model, batch, AUXILIARIES[s.aux], s.lam / plan.count, s.alpha,
                                     layers, MOVES[s.move], DISTANCES[s.compare]))
         distributed.add_up_gradients(th)

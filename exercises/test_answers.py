@@ -214,7 +214,8 @@ def test_asam(answer):
         expected = dict(zip(th, torch.autograd.grad(worse, moved.values())))
         got, result = gradient(model, answer.asam_step, rho=0.3, eta=0.02)
         assert difference(result["sft"], sft) < 1e-10, "sft is l_SFT before the move"
-        assert difference(result["loss"], worse) < 1e-10, "loss is l_SFT at w + rho T^2 g / ||T g||"
+        assert difference(result["loss"], worse) < 1e-10, (
+            "loss is l_SFT at w + rho T^2 g / ||T g||: T = |w| + eta, one norm over all weights")
         assert all(torch.equal(p, before[n]) for n, p in th.items()), "the weights must come back"
         assert difference(got, expected) < 1e-8, (
             "the gradient is not that at the moved weights alone: is g gone from .grad?")

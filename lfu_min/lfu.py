@@ -17,7 +17,7 @@ h_l,t    h[l]    (N, D)         layer l's states where the next token is supervi
 h'_l,t   h_aux   as h           the same from th and the moved th_aux
 K        layers  K of 1..L      layers compared; h[L] is taken after the final norm        all
 T        N       positions      positions whose next token is supervised
-l_SFT    sft     nats per token mean cross-entropy of the answer's tokens
+l_SFT    sft     nats per token mean cross-entropy of the answers' tokens (batch.divisor)
 l_cons   terms   (K,)           mean squared difference of h' and h, per layer; their mean
 lambda   lam     -              weight of l_cons                                           5.0
 
@@ -30,7 +30,8 @@ with the definition written out slowly. docs/method.md says when two passes are 
 
 Of engine/passes.py, which need not be read: backward_into is loss.backward() into the `.grad` of
 the tensors named and of no others, and returns the norm of what th got; grads_of reads `.grad`;
-adds_to_grad lets a step begin with empty `.grad`s, and adds what was there before at its end.
+adds_to_grad lets a step begin with empty `.grad`s (where th_aux is th, g is read from them), and
+adds what was there before at its end.
 """
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,9 @@ def ascend(th_aux, g, alpha, model=None, batch=None):
 def mse(h, h_aux, layers, model=None):
     """Eq 5, one term per layer, (K,): the mean over positions and channels of (h' - h)^2.
 
-    h is detached, a constant of the gradient, which flows through h' only. (lfu_step has let go of
-    h's graph already; `--method attached` keeps it, and shows what happens without the detach.)
+    h is detached: it is what the model should go on doing, and h' is to come to it. The other way
+    round th would follow the ascent. (lfu_step has let go of h's graph already; `--method attached`
+    keeps it, and shows what happens without the detach.)
     The paper sums over channels; like the authors' code we average, because lambda = 5 is meant
     for that scale. (model is for the variants in methods/distances.py.)
     """

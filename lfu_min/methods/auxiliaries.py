@@ -4,7 +4,8 @@ A kind is a context manager f(model, generator). It attaches leaf tensors that r
 and change nothing yet (zero effect: two passes are enough only then), yields them in a list, and
 takes them off, also after an exception. It draws from `generator` alone, each of its tensors has a
 gradient at the start (else it would never move), none is in half precision, and no module is of
-another type afterwards. A new one: README.md, "Change it".
+another type afterwards. A new one: write it, add it to AUXILIARIES (to IN_PLACE as well if it moves
+weights of the model itself), its definition to tests/definitions.py, its table to docs/method.md.
 """
 from contextlib import contextmanager
 
