@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..bundled import CATEGORIES
 from . import figures, grid
+from .report import SAME_RATE
 
 LEARNED, KEPT = "word problems", "category mean"
 SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
@@ -61,7 +62,7 @@ def ablation(tuned):
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"))(tuned) | {
         "h not detached": own | {"method": "attached"},
-        "same-lr SFT": same_rate(tuned)}
+        SAME_RATE: same_rate(tuned)}
 
 
 def aligned(*methods):
@@ -78,7 +79,7 @@ def sizes(tuned):
     at LfU's learning rate, on the smallest two."""
     return {f"{method} n={n}": tuned[method]["best"] | {"examples": n}
             for n in SIZES for method in ("SFT", "LfU-lora", "LfU-reps")} | {
-        f"same-lr SFT n={n}": same_rate(tuned) | {"examples": n} for n in SIZES[:2]}
+        f"{SAME_RATE} n={n}": same_rate(tuned) | {"examples": n} for n in SIZES[:2]}
 
 
 MAIN = ("SFT", "NEFTune", *grid.LFU)

@@ -11,6 +11,9 @@ T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
        2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
+SAME_RATE = "same-rate-SFT"  # the row of SFT at the learning rate of LfU's best setting
+
+
 def interval(differences):
     """(mean, half width of its 95 % interval) of paired differences, one a seed; a single one has
     no interval (NaN). Student's t, so they are taken to be normal."""
@@ -90,6 +93,17 @@ def reference(row, by):
     return next((name for name in (same, "SFT") if name in by), None)
 
 
+def pairs(by):
+    """[(title, row, the row it is compared with)]: all with SFT, and LfU's with SFT at LfU's own
+    learning rate where that was run."""
+    found = [(row, row, reference(row, by)) for row in by if reference(row, by)]
+    for row in by:
+        other = " ".join([SAME_RATE, *row.split(" ")[1:]])
+        if row.startswith("LfU") and other in by:
+            found.append((f"{row}, to {SAME_RATE}", row, other))
+    return found
+
+
 def digits(column):
     return 1 if column in ("word problems", "category mean", "ms a step") or not any(
         word in column for word in ("nll", "loss", "margin", "cosine", "share", "movement",
@@ -111,16 +125,13 @@ def page(name, experiment, by, seeds, figure, line):
     columns = experiment.columns
     means = [[row, *(cell(found, c) for c in columns)] for row, found in by.items()]
     differences = []
-    for row, found in by.items():
-        sft = reference(row, by)
-        if sft is None:
-            continue
-        cells = [row]
+    for title, row, other in pairs(by):
+        cells = [title]
         for column in columns:
-            if column not in found[0] or column not in by[sft][0]:
+            if column not in by[row][0] or column not in by[other][0]:
                 cells.append("-")
                 continue
-            m, half = interval([a[column] - b[column] for a, b in zip(found, by[sft])])
+            m, half = interval([a[column] - b[column] for a, b in zip(by[row], by[other])])
             wide = "" if math.isnan(half) else f" ± {half:.{digits(column)}f}"  # of a single seed
             star = "*" if abs(m) > half else ""
             cells.append(f"{m:+.{digits(column)}f}{wide}{star}")
