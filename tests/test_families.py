@@ -22,6 +22,7 @@ from lfu_min.cost import count
 from lfu_min.files.adapter import export_merged, load_adapter, save_adapter
 from lfu_min.files.checkpoint import (FAMILIES, config_to_dict, load_config, load_model,
                                       parse_config, save_model)
+from lfu_min.lfu import lfu_step
 from lfu_min.lora import TARGET_MODULES, add_lora
 from lfu_min.methods import AUXILIARIES, lfu_backward
 from lfu_min.model import Attention, Llama, rotate
@@ -281,8 +282,8 @@ def test_counting_and_running_agree_to_the_byte(name):
     config = parse_config({**TINY, **MEMBERS[name], "num_hidden_layers": 1})
     with count.Meter() as real:
         model = count.prepared_model(config, "full", torch.float16)
-        count.step(model, count.half_supervised(2, 24, torch.float16), "lora")
-    assert count.count_step(config, "lora", 2, 24, "full", torch.float16)[1] == real.peak
+        lfu_step(model, count.half_supervised(2, 24, torch.float16))
+    assert count.count_step(config, lfu_step, 2, 24, "full", torch.float16)[2] == real.peak
 
 
 # ---- weights that are no safetensors ----
