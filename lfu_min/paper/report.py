@@ -84,24 +84,21 @@ def command(line):
             f"Two CPU cores, Python {versions['python']}, torch {versions['torch']}, float32."]
 
 
-def reference(row, by):
-    """The row that `row` is compared with, seed by seed: SFT's with the same words behind the
-    name, else plain SFT; None for SFT and the base themselves."""
-    if row == "base" or row.startswith("SFT"):
+def reference(row, by, other="SFT"):
+    """The row that `row` is compared with, seed by seed: the other method's with the same words
+    behind the name, else the one without words; None for SFT, that method and the base."""
+    if row == "base" or row.startswith(("SFT", other)):
         return None
-    same = " ".join(["SFT", *row.split(" ")[1:]])
-    return next((name for name in (same, "SFT") if name in by), None)
+    same = " ".join([other, *row.split(" ")[1:]])
+    return next((name for name in (same, other) if name in by), None)
 
 
 def pairs(by):
-    """[(title, row, the row it is compared with)]: all with SFT, and LfU's with SFT at LfU's own
+    """[(title, row, the row it is compared with)]: all with SFT, and with SFT at LfU's own
     learning rate where that was run."""
-    found = [(row, row, reference(row, by)) for row in by if reference(row, by)]
-    for row in by:
-        other = " ".join([SAME_RATE, *row.split(" ")[1:]])
-        if row.startswith("LfU") and other in by:
-            found.append((f"{row}, to {SAME_RATE}", row, other))
-    return found
+    found = [(row, row, reference(row, by)) for row in by]
+    found += [(f"{row}, to {SAME_RATE}", row, reference(row, by, SAME_RATE)) for row in by]
+    return [pair for pair in found if pair[2]]
 
 
 def digits(column):
