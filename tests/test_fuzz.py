@@ -44,7 +44,7 @@ if str(ROOT) not in sys.path:
 import eval as eval_script
 import train
 
-# With pytest -n 2 --dist loadgroup in one process: the test that counts the cases needs all of them.
+# With pytest -n 2 --dist loadgroup in one process: the test that counts the cases needs them all.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fuzz")]
 TIMES = int(os.environ.get("LFU_FUZZ", 1))
 SECONDS = 20  # a case takes milliseconds; longer than this it hangs
