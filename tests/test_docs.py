@@ -489,7 +489,6 @@ def test_a_planted_mistake_on_a_page_is_seen(check, more, written):
 def test_fine_tuning_on_the_word_problems_learns_them_and_forgets(tmp_path, aux):
     """Defaults, seed 42: word problems at least +30 points; plain SFT loses at least 10 in the mean
     of the others."""
-    torch.set_num_threads(2)
     base = measures.scores(None, "test")
     out, _ = train.main(["--aux", aux, "--out", str(tmp_path / aux)])
     after = measures.scores(out, "test")
@@ -508,7 +507,6 @@ def test_smollm2_learns_gsm8k_and_its_adapter_is_peft_s(tmp_path, aux):
                     "gsm8k_train.jsonl)")
     peft = pytest.importorskip("peft")
     import transformers
-    torch.set_num_threads(2)
     out, log = train.main(["--model", path, "--data", str(Path(folder) / "gsm8k_train.jsonl"),
                            "--aux", aux, "--device", "cpu", "--batch-size", "2",
                            "--accumulate", "1", "--max-len", "160", "--lr", "5e-4",
