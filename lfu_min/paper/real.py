@@ -4,7 +4,7 @@
 
 Fine-tunes once over 200 short examples of one data set (GSM8K or Dolly), then asks what was learned
 (nats a token of held-out answers) and what else was kept: PIQA, Wikipedia text, the other data set.
-SFT with a seed of its own and three learning rates chooses one of them for all methods: the one
+SFT with a seed of its own and five learning rates chooses one of them for all methods: the one
 that is best on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted
 call goes on where it stopped when it is given again.
 
@@ -26,7 +26,7 @@ from .experiments import Experiment
 
 EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen once
 VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
-RATES = ("2e-4", "5e-4", "1e-3")
+RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 TUNING_SEED = 100  # used for nothing else
 METHODS = {"SFT": {"aux": "none"}, "NEFTune": {"method": "neftune"}, "SAM": {"method": "sam"},
            "LfU-lora": {"aux": "lora"}, "LfU-reps": {"aux": "reps"}, "LfU-inplace":
@@ -117,7 +117,7 @@ def job(setting, seed, name, s, more=()):
 
 
 def choose(name, s, record):
-    """(learning rate, {row: [numbers]}): the best of SFT's three, and their scores."""
+    """(learning rate, {row: [numbers]}): the best of SFT's five, and their scores."""
     more = {"validation": partial(validation, model=s.model, file=parts(name, s)["validation"])}
     found = jobs.all_measured(
         {lr: job(METHODS["SFT"] | {"lr": lr}, TUNING_SEED, name, s, more) for lr in RATES},
