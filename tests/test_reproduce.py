@@ -7,11 +7,15 @@ import math
 from pathlib import Path
 import shutil
 from statistics import mean, stdev
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from lfu_min.bundled import BUNDLED
+from lfu_min.engine.system import ROOT
 from lfu_min.files import data, jsons
 from lfu_min.paper import grid, jobs, measures, report, reproduce
 from lfu_min.paper.experiments import EXPERIMENTS
@@ -316,3 +320,21 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
     record.write_text("".join(json.dumps(row | {"seconds": 90}) + "\n" for row in rows))
     more = {"third": ({"lr": 3}, tmp_path / "lr=3", one | {"b": None})}
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 1 min 30 s"
+
+
+@pytest.mark.slow
+def test_sigterm_stops_every_run_with_a_checkpoint_and_starts_no_other(tmp_path):
+    """Two at one time and more to come: both end soon (they hold the standard error that
+    communicate() reads to its end), and no other begins."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lfu_min.paper.reproduce", "table1", "--seeds", "0", "--jobs", "2",
+         "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    steps = lambda: sorted((tmp_path / "runs").glob("*/run/log.jsonl"))
+    until = time.time() + 120
+    while len(steps()) < 2 and time.time() < until:
+        time.sleep(0.1)
+    process.terminate()
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 143
+    assert len(steps()) == 2 and not list((tmp_path / "runs").glob("*/trained"))
+    assert all(list(file.parent.glob("checkpoints/step-*")) for file in steps())

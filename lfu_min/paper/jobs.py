@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
 from statistics import fmean as mean
 import sys
@@ -83,6 +84,15 @@ def measured(flags, folder, measures, threads=1):
     return found
 
 
+def worked(*job):
+    """measured() in a process of a pool. A signal that stops its run ends the process as well: it
+    would go on with the next job."""
+    try:
+        return measured(*job)
+    except (KeyboardInterrupt, SystemExit):
+        os._exit(1)
+
+
 def recorded(record):
     """{(run, measure): {"numbers", "seconds"}} of a record's lines; none without a file."""
     if record is None or not record.is_file():
@@ -123,7 +133,7 @@ def all_measured(todo, jobs, threads=1, record=None):
     """
     known, left, started = recorded(record), missing(todo, record), time.time()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(measured, *job, threads): run for run, job in left.items()}
+        pending = {pool.submit(worked, *job, threads): run for run, job in left.items()}
         try:
             for i, job in enumerate(as_completed(pending), 1):
                 run = pending[job]
@@ -134,6 +144,8 @@ def all_measured(todo, jobs, threads=1, record=None):
                 print(f"{i}/{len(left)}  {run}  ETA {eta}", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # runs save a checkpoint first
             raise
     return {key: {column: number for measure in own
                   for column, number in known[folder.name, measure]["numbers"].items()}
