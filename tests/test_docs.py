@@ -507,14 +507,15 @@ def test_smollm2_learns_gsm8k_and_its_adapter_is_peft_s(tmp_path, aux):
                     "gsm8k_train.jsonl)")
     peft = pytest.importorskip("peft")
     import transformers
-    rows = sorted((Path(folder) / "gsm8k_train.jsonl").read_text().splitlines(True), key=len)[:4]
-    (tmp_path / "four.jsonl").write_text("".join(rows))
-    out, log = train.main(["--model", path, "--data", str(tmp_path / "four.jsonl"), "--aux", aux,
+    rows = sorted((Path(folder) / "gsm8k_train.jsonl").read_text().splitlines(True), key=len)[:20]
+    (tmp_path / "short.jsonl").write_text("".join(rows))
+    out, log = train.main(["--model", path, "--data", str(tmp_path / "short.jsonl"), "--aux", aux,
                            "--device", "cpu", "--batch-size", "2", "--accumulate", "1", "--lr",
-                           "5e-4", "--epochs", "5", "--out", str(tmp_path / aux)])
-    first, last = (statistics.mean(r["sft"] for r in part) for part in (log[:2], log[-2:]))
-    print(f"{aux}: sft of the first and last epoch {first:.3f} {last:.3f}")
-    assert len(log) == 10 and last < first - 0.3
+                           "5e-4", "--epochs", "1", "--out", str(tmp_path / aux)])
+    first, last = (statistics.mean(r["sft"] for r in part) for part in (log[:3], log[-3:]))
+    print(f"{aux}: sft of the first and last three steps, each on new examples "
+          f"{first:.3f} {last:.3f}")
+    assert len(log) == 10 and last < first
     ids = torch.arange(100, 140)[None]
     ours = load_adapter(load_model(path, dtype=torch.float32), out)
     theirs = peft.PeftModel.from_pretrained(

@@ -327,7 +327,7 @@ def test_sigterm_stops_every_run_with_a_checkpoint_and_starts_no_other(tmp_path)
     """Two at one time and more to come: both end soon (they hold the standard error that
     communicate() reads to its end), and no other begins."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lfu_min.paper.reproduce", "table1", "--seeds", "0", "--jobs", "2",
+        [sys.executable, "-m", "lfu_min.paper.reproduce", "fig1", "--seeds", "0", "--jobs", "2",
          "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)], cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     steps = lambda: sorted((tmp_path / "runs").glob("*/run/log.jsonl"))
