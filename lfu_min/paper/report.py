@@ -125,10 +125,12 @@ def page(name, experiment, by, seeds, figure, line):
     for title, row, other in pairs(by):
         cells = [title]
         for column in columns:
-            if column not in by[row][0] or column not in by[other][0]:
+            both = [a[column] - b[column] for a, b in zip(by[row], by[other])
+                    if column in a and column in b]
+            if not both:
                 cells.append("-")
                 continue
-            m, half = interval([a[column] - b[column] for a, b in zip(by[row], by[other])])
+            m, half = interval(both)
             wide = "" if math.isnan(half) else f" ± {half:.{digits(column)}f}"  # of a single seed
             star = "*" if abs(m) > half else ""
             cells.append(f"{m:+.{digits(column)}f}{wide}{star}")
