@@ -4,8 +4,10 @@ from concurrent.futures import Future
 from functools import partial
 import json
 import math
+import os
 from pathlib import Path
 import shutil
+import signal
 from statistics import mean, stdev
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
 from lfu_min.files import data, jsons
+from lfu_min.files.checkpoint import load_model
 from lfu_min.paper import grid, jobs, measures, report, reproduce
 from lfu_min.paper.experiments import EXPERIMENTS
 from lfu_min.training.settings import get_settings
@@ -42,7 +45,7 @@ def test_every_method_has_nine_settings_at_the_same_learning_rates():
 def test_train_py_takes_every_setting(name):
     """No row of any experiment has a flag or value that train.py refuses."""
     for row, setting in EXPERIMENTS[name].rows(TUNED).items():
-        flags = {k: v for k, v in setting.items() if k not in ("data", "examples")}
+        flags = {k: v for k, v in setting.items() if k not in ("data", "examples", "stream")}
         assert get_settings(jobs.as_flags(flags)).lr == float(setting["lr"]), row
 
 
@@ -278,6 +281,38 @@ def test_a_setting_may_be_measured_more_without_training_again(tmp_path, script)
     assert len(script) == 1
 
 
+def test_a_stream_in_bfloat16_is_rounded_in_training(tmp_path):
+    """Behind every block, forward and backward; train.py's own stream is float32."""
+    batch = {"max-steps": 1, "batch-size": 2, "aux": "none"}
+    losses = []
+    for name, more in (("own", {}), ("rounded", {"stream": "bf16"})):
+        run = jobs.trained(batch | more, tmp_path / name)
+        losses.append(json.loads((run / "log.jsonl").read_text())["sft"])
+    assert 0 < abs(losses[0] - losses[1]) < 0.1
+    model, ids = load_model(BUNDLED), torch.arange(8)[None]
+    own, behind = model.hidden_states(ids), []
+    model.model.layers[0].register_forward_hook(lambda block, x, h: behind.append(h))
+    hooks = jobs.round_stream(model, torch.bfloat16)
+    states = model.hidden_states(ids)
+    for a, b in zip(own[1:-1], states[1:-1]):
+        assert torch.equal(b, b.bfloat16().float()) and not torch.equal(a, a.bfloat16().float())
+        assert torch.allclose(a, b, rtol=0.1, atol=0.1)
+    grad, = torch.autograd.grad(states[-1].square().sum(), behind)
+    assert grad.any() and torch.equal(grad, grad.bfloat16().float())
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(own, model.hidden_states(ids)))
+
+
+def killed(run):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="the process of a run was killed.*give the command again"):
+        jobs.all_measured({"a": (None, tmp_path / "a", {"m": killed})}, 1)
+
+
 class InThisProcess:
     """ProcessPoolExecutor's place."""
 
@@ -323,18 +358,22 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_every_run_with_a_checkpoint_and_starts_no_other(tmp_path):
-    """Two at one time and more to come: both end soon (they hold the standard error that
-    communicate() reads to its end), and no other begins."""
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_every_run_with_a_checkpoint_and_starts_no_other(sent, status, tmp_path):
+    """SIGTERM to the main process, Ctrl-C to all of them. Two at one time and more to come: both
+    end soon (they hold the standard error that communicate() reads to its end), no other begins."""
     process = subprocess.Popen(
         [sys.executable, "-m", "lfu_min.paper.reproduce", "fig1", "--seeds", "0", "--jobs", "2",
          "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     steps = lambda: sorted((tmp_path / "runs").glob("*/run/log.jsonl"))
     until = time.time() + 120
-    while len(steps()) < 2 and time.time() < until:
-        time.sleep(0.1)
-    process.terminate()
-    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 143
+    while sum(file.stat().st_size > 0 for file in steps()) < 2 and time.time() < until:
+        time.sleep(0.1)  # before a step is done there is nothing to keep
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does
+    else:
+        process.send_signal(sent)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == status
     assert len(steps()) == 2 and not list((tmp_path / "runs").glob("*/trained"))
     assert all(list(file.parent.glob("checkpoints/step-*")) for file in steps())

@@ -55,6 +55,14 @@ def matmul_dtype(model):
     return model.model.layers[0].self_attn.q_proj.compute_dtype
 
 
+def round_stream(model, dtype):
+    """Round the residual stream to `dtype` behind every block from now on, its gradient too, as
+    models do whose stream is half (those round within a block as well). Returns the hooks' handles;
+    remove() ends it."""
+    return [block.register_forward_hook(lambda block, x, h: h.to(dtype).to(h.dtype))
+            for block in model.model.layers]
+
+
 def trained(model):
     """th: the parameters that require a gradient. Raises ValueError where there is none."""
     if hasattr(model, "reshard"):  # --shard: after a forward alone some lie whole; th are the parts

@@ -62,7 +62,9 @@ def ablation(tuned):
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"))(tuned) | {
         "h not detached": own | {"method": "attached"},
-        SAME_RATE: same_rate(tuned)}
+        "LfU-lora stream=bf16": own | {"aux": "lora", "stream": "bf16"},
+        SAME_RATE: same_rate(tuned),
+        "SFT stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
 
 
 def aligned(*methods):

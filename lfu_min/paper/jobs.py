@@ -8,6 +8,7 @@ A record has the numbers of all of them in one file: the tables are made from it
 it is not run again. Used by sweep.py, reproduce.py and real.py.
 """
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import time
 import torch
 
 from ..engine import system
+from ..engine.passes import round_stream
 from ..files import jsons
 
 RECORD = "measured.jsonl"  # in docs/results: every number behind its pages
@@ -53,18 +55,32 @@ def as_flags(setting):
 
 def trained(flags, folder):
     """The run folder of train.py with these flags, made unless it is there. What an interrupted run
-    left is gone on with from its last checkpoint."""
+    left is gone on with from its last checkpoint. No flag of train.py's: `stream`, the dtype that
+    the residual stream is rounded to."""
     run, mark = folder / "run", folder / "trained"
     if not mark.is_file():
         how = ["--resume", str(run)]
         if not any((run / "checkpoints").glob("step-*")):
             shutil.rmtree(run, ignore_errors=True)
-            how = [*as_flags(flags), "--out", str(run)]
+            own = {name: value for name, value in flags.items() if name != "stream"}
+            how = [*as_flags(own), "--out", str(run)]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "a") as text, contextlib.redirect_stdout(text):
-            train_script().main(how)
+            script = train_script()
+            if "stream" in flags:
+                script.load = rounding(script.load, system.DTYPES[flags["stream"]])
+            script.main(how)
         mark.touch()
     return run
+
+
+def rounding(load, dtype):
+    """train.py's load(), the model's residual stream rounded to dtype; see passes.round_stream."""
+    def rounded(*arguments):
+        model = load(*arguments)
+        round_stream(model, dtype)
+        return model
+    return rounded
 
 
 def measured(flags, folder, measures, threads=1):
@@ -142,6 +158,9 @@ def all_measured(todo, jobs, threads=1, record=None):
                     note(record, run=run, measure=measure, **row)
                 eta = system.duration((time.time() - started) / i * (len(left) - i))
                 print(f"{i}/{len(left)}  {run}  ETA {eta}", file=sys.stderr, flush=True)
+        except BrokenProcessPool:
+            raise ValueError("the process of a run was killed, perhaps for want of memory: give "
+                             "the command again to go on, with --jobs 1 to need less")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

@@ -14,7 +14,7 @@ import torch
 
 from ..engine import system
 from ..engine.distributed import Team
-from ..engine.passes import joint_norm, last_state, sft_loss, states, trained
+from ..engine.passes import joint_norm, last_state, round_stream, sft_loss, states, trained
 from ..files import data
 from ..files.checkpoint import load_config, load_model
 from ..files.tokenizer import check_fit, load_tokenizer
@@ -133,8 +133,7 @@ def sft_now(model, batch):
 def states_in(products, stream, model, batch):
     """states(model, batch) with matrix products in one dtype and every block's output rounded to
     another (float32: as the model does it)."""
-    hooks = [block.register_forward_hook(lambda block, x, h: h.to(stream).to(h.dtype))
-             for block in model.model.layers]
+    hooks = round_stream(model, stream)
     model.set_matmul_dtype(products)
     try:
         return states(model, batch)
