@@ -180,6 +180,8 @@ def test_a_page_has_means_and_paired_differences(name, tmp_path, monkeypatch):
     first = report.digits(experiment.columns[0])
     lfu = [line for line in text.splitlines() if line.startswith("| LfU-lora")]
     assert f"| {13.5:.{first}f} ± " in lfu[0], "mean of 11.5 ... 15.5"
+    assert all(f"\n- {row}: {next(iter(setting))} " in text
+               for row, setting in experiment.rows(TUNED).items()), "the settings"
     pair = next(line for line in lfu if "| +" in line)
     assert f"| {1.5:+.{first}f} ± {0:.{first}f}*" in pair, "the same difference in every seed"
     assert (tmp_path / f"{name}.png").is_file() == bool(experiment.figure)
@@ -195,6 +197,15 @@ def test_a_row_is_compared_with_sft_on_its_own_examples():
         ("LfU-reps n=16", "LfU-reps n=16", "SFT n=16"),
         ("same-rate-SFT n=16", "same-rate-SFT n=16", "SFT n=16"),
         ("LfU-reps n=16, to same-rate-SFT", "LfU-reps n=16", "same-rate-SFT n=16")]
+    assert report.pairs({"SFT": 0, "LfU": 0, "random": 0}, ("LfU",)) == [
+        ("LfU", "LfU", "SFT"), ("random", "random", "SFT"), ("random, to LfU", "random", "LfU")]
+
+
+def test_what_sft_has_not_is_no_zero_on_the_page():
+    numbers = {"consistency_share": 0.0, "word problems": 0.0}
+    assert report.cell([numbers], "consistency_share") == "-"
+    assert report.cell([numbers], "word problems") == "0.0"
+    assert report.cell([{"first movement": 0.00042}], "first movement") == "0.0004"
 
 
 def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
@@ -243,8 +254,10 @@ def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'table9': choose from tune, rule, fig1"):
+    with pytest.raises(ValueError, match="'table9': choose from tune, rule, table2, fig1"):
         reproduce.main(["tune", "table9", "--out", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match="table2 .* lfu_min.paper.real dolly"):
+        reproduce.main(["fig1", "table2", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")
     with pytest.raises(ValueError, match="reproduce tune comes first"):
@@ -355,6 +368,8 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
     record.write_text("".join(json.dumps(row | {"seconds": 90}) + "\n" for row in rows))
     more = {"third": ({"lr": 3}, tmp_path / "lr=3", one | {"b": None})}
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 1 min 30 s"
+    more["third"][2]["never seen"] = None  # as long as others take
+    assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 2 min 15 s"
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 name (--method).
 
 A step f(model, batch, **settings) adds its gradient to `.grad` and returns 0-d tensors
-(logit_kl: the numbers of lfu_step, and loss):
+(logit_kl, attached: the numbers of lfu_step, and loss):
 
     sft            l_SFT (Eq 1) of its first forward; for neftune of the noised model
     loss           what it minimises, where that is not sft; for sam sft at the moved weights
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..engine import passes
-from ..engine.passes import (adds_to_grad, backward_into, grads_of, last_state, sft_loss, states,
-                             trained)
+from ..engine.passes import (adds_to_grad, backward_into, grads_of, last_state, movement, sft_loss,
+                             states, trained)
 from ..lfu import ascend, lfu_step, sft_step
 from ..lora import aux_lora
 from .auxiliaries import inplace
@@ -212,13 +212,14 @@ def attached_step(model, batch, lam=5.0, alpha=0.1):
     own = states(model, batch)
     with aux_lora(model, batch.generator) as th_aux:
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward_into(sft, th, th_aux, batch.loss_scale)
+        sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)
         g_norm = ascend(th_aux, grads_of(th_aux), alpha)
         h_aux = states(model, batch)
         terms = torch.stack([F.mse_loss(b, a) for a, b in zip(own[1:], h_aux[1:])])
-        backward_into(lam * terms.mean(), th, (), batch.loss_scale)
-    return dict(sft=sft, loss=sft + lam * terms.mean(), ascent_norm=g_norm,
-                consistency=terms.mean())
+        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)
+    return dict(sft=sft, loss=sft + lam * terms.mean(), consistency=terms.mean(),
+                ascent_norm=g_norm, sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
+                movement=movement(own, h_aux, range(1, len(own))))
 
 
 BASELINES = {

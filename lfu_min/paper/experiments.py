@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from ..bundled import CATEGORIES
 from . import figures, grid
-from .report import SAME_RATE
+from .report import SAME_RATE, WATCH
 
 LEARNED, KEPT = "word problems", "category mean"
 SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
 SIZES = (16, 32, 64, 128, 256)
+RANDOM = ("0.4", "0.8")  # alphas that move the states at random about as far as lora's 0.03 does
+# along the gradient: over the whole run, in the first step
 
 
 class Experiment(NamedTuple):
@@ -23,6 +25,7 @@ class Experiment(NamedTuple):
     columns: tuple  # of the table, and of the paired differences
     seeds: tuple = grid.SEEDS
     base: bool = True  # measure the bundled model itself as well
+    beside: tuple = ()  # rows that all are compared with, besides SFT
     figure: object = None  # (path, {row: [numbers, one a seed]}) -> writes the picture
 
 
@@ -56,12 +59,21 @@ def same_rate(tuned):
     return tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}
 
 
+def all_at_best(tuned):
+    """Every method at its best setting, and SFT at LfU-lora's learning rate."""
+    return best()(tuned) | {SAME_RATE: same_rate(tuned)}
+
+
 def ablation(tuned):
     """LfU-lora with one part replaced, and SFT at LfU's own learning rate."""
     own = {k: v for k, v in tuned["LfU-lora"]["best"].items() if k != "aux"}
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"))(tuned) | {
+        **{f"move random, alpha {alpha}": own | {"aux": "lora", "move": "random", "alpha": alpha}
+           for alpha in RANDOM},
         "h not detached": own | {"method": "attached"},
+        "h not detached, lam 1000": own | {"method": "attached", "lam": "1000"},
+        "at SFT's learning rate": own | {"aux": "lora", "lr": tuned["SFT"]["best"]["lr"]},
         "LfU-lora stream=bf16": own | {"aux": "lora", "stream": "bf16"},
         SAME_RATE: same_rate(tuned),
         "SFT stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
@@ -78,16 +90,15 @@ def aligned(*methods):
 
 def sizes(tuned):
     """SFT and LfU on 16 to 256 examples, always 160 steps, at the settings best for 64; SFT also
-    at LfU's learning rate, on the smallest two."""
+    at LfU's learning rate."""
     return {f"{method} n={n}": tuned[method]["best"] | {"examples": n}
             for n in SIZES for method in ("SFT", "LfU-lora", "LfU-reps")} | {
-        f"{SAME_RATE} n={n}": same_rate(tuned) | {"examples": n} for n in SIZES[:2]}
+        f"{SAME_RATE} n={n}": same_rate(tuned) | {"examples": n} for n in SIZES}
 
 
 MAIN = ("SFT", "NEFTune", *grid.LFU)
 ALIGNED = ("SFT", "NEFTune", "GEM", "IM", *grid.LFU)
 ATTACK = tuple(chain.from_iterable((f"compliance {k}", f"margin {k}") for k in (0, 5, 10, 20, 60)))
-WATCH = ("train loss", "consistency_share", "gradient_cosine", "first movement")
 
 EXPERIMENTS = {
     "fig1": Experiment("what is learned against what is kept, SFT and LfU at three learning rates",
@@ -96,7 +107,7 @@ EXPERIMENTS = {
     "fig2": Experiment("the same of all methods, with the area under each frontier", frontier(),
                        ("scores_test",), (LEARNED, KEPT), figure=figures.tradeoff),
     "table1": Experiment("every method at its best setting: word problems and the four categories",
-                         best(), ("scores_test",), SCORES),
+                         all_at_best, ("scores_test",), SCORES, beside=("NEFTune", "SAM")),
     "table3": Experiment("auxiliary components: scores, time of a step", best("SFT", *grid.LFU),
                          ("scores_test", "log_test"), (LEARNED, KEPT, "ms a step", *WATCH)),
     "table4": Experiment("aligned to decline, then attacked: complied with (%), and the margin",
@@ -120,7 +131,8 @@ EXPERIMENTS = {
     "examples": Experiment("from 16 to 256 examples", sizes, ("scores_test",), (LEARNED, KEPT),
                            base=False, figure=figures.examples),
     "ablation": Experiment("the ascent, the perturbation or the noise: one part replaced",
-                           ablation, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),
+                           ablation, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH),
+                           beside=("LfU-lora",)),
     "precision": Experiment("matrix products in half precision (slow on most CPUs)",
                             changed("LfU-lora", dtype=("fp16", "bf16")),
                             ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),

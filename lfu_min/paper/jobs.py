@@ -129,14 +129,23 @@ def missing(todo, record):
 
 
 def estimate(left, record, jobs):
-    """"about 12 min 00 s", from what others took, or that it is not known."""
+    """"about 12 min 00 s", from what others took; of a measure that is not in the record, what all
+    measures take on average."""
     took = {}
     for (_, measure), row in recorded(record).items():
         took.setdefault(measure, []).append(row["seconds"])
-    wanted = [measure for *_, own in left.values() for measure in own]
-    if not all(measure in took for measure in wanted):
+    if not took:
         return "how long they take is not known yet"
-    return f"about {system.duration(sum(mean(took[m]) for m in wanted) / jobs)}"
+    every = mean(sum(took.values(), []))
+    seconds = sum(mean(took.get(measure, [every])) for *_, own in left.values() for measure in own)
+    return f"about {system.duration(seconds / jobs)}"
+
+
+def announce(todo, record, jobs):
+    """Print how much is to be done, and about how long it takes."""
+    left = missing(todo, record)
+    print(f"{len(todo)} rows and seeds, {len(left)} runs to make or measure: "
+          f"{estimate(left, record, jobs)}", flush=True)
 
 
 def all_measured(todo, jobs, threads=1, record=None):

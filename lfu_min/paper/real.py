@@ -135,6 +135,7 @@ def choose(name, s, record):
     """The best learning rate for SFT, of RATES."""
     runs = {lr: (flags, folder, {"validation": own["validation"]})
             for lr, (flags, folder, own) in tuning(name, s).items()}
+    jobs.announce(runs, record, s.jobs)
     found = jobs.all_measured(runs, s.jobs, s.threads, record)
     return min(RATES, key=lambda lr: found[lr]["validation nll"])
 
@@ -161,13 +162,19 @@ def main(argv=None):
         (row, seed): job(setting | {"lr": best}, seed, s.name, s) for seed in s.seeds
         for row, setting in METHODS.items()} | {
         (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
+    jobs.announce(todo, record, s.jobs)
     found, by = jobs.all_measured(todo, s.jobs, s.threads, record), {}
     for row, seed in todo:
         by.setdefault(row, []).append(found[row, seed])
-    experiment = Experiment(f"{NAMES[s.name]}; learning rate {best}", None, (),
-                            ("validation nll", *COLUMNS))
+    shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen once, in "
+             f"batches of {BATCH}; learning rate {best}. Measured on {HELD_OUT} held-out examples, "
+             f"{CHOICES} questions of PIQA, {CHARACTERS:,} characters of Wikipedia, {OTHERS} "
+             f"examples of the other set; right: of {SOLVED} problems, with the first seed")
+    experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
-    text = report.page(f"real_{s.name}", experiment, by, s.seeds, None, command)
+    text = report.page(f"real_{s.name}", experiment, by, s.seeds,
+                       {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,
+                       command)
     (s.out / f"real_{s.name}.md").write_text(text)
     print(text)
     return text

@@ -11,6 +11,7 @@ T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
        2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
+WATCH = ("train loss", "consistency_share", "gradient_cosine", "first movement")
 SAME_RATE = "same-rate-SFT"  # the row of SFT at the learning rate of LfU's best setting
 
 
@@ -93,36 +94,40 @@ def reference(row, by, other="SFT"):
     return next((name for name in (same, other) if name in by), None)
 
 
-def pairs(by):
-    """[(title, row, the row it is compared with)]: all with SFT, and with SFT at LfU's own
-    learning rate where that was run."""
+def pairs(by, beside=()):
+    """[(title, row, the row it is compared with)]: all with SFT, with SFT at LfU's own learning
+    rate where that was run, and with the rows of `beside`."""
     found = [(row, row, reference(row, by)) for row in by]
-    found += [(f"{row}, to {SAME_RATE}", row, reference(row, by, SAME_RATE)) for row in by]
+    for other in (SAME_RATE, *beside):
+        found += [(f"{row}, to {other}", row, reference(row, by, other)) for row in by]
     return [pair for pair in found if pair[2]]
 
 
 def digits(column):
-    return 1 if column in ("word problems", "category mean", "ms a step") or not any(
-        word in column for word in ("nll", "loss", "margin", "cosine", "share", "movement",
-                                    "layer", "bits")) else 4 if "layer" in column else 3
+    if any(word in column for word in ("layer", "movement")):
+        return 4
+    return 3 if any(word in column for word in ("nll", "loss", "margin", "cosine", "share",
+                                                "bits")) else 1
 
 
 def cell(found, column):
     """Mean ± standard deviation over seeds."""
     values = [row[column] for row in found if column in row]
-    if not values:
+    if not values or (column in WATCH and not any(values)):  # SFT has no consistency
         return "-"
     m, sd, n = mean_sd(values)
     return f"{m:.{digits(column)}f}" + (f" ± {sd:.{digits(column)}f}" if n > 1 else "")
 
 
-def page(name, experiment, by, seeds, figure, line):
+def page(name, experiment, by, seeds, settings, figure, line):
     """A page of docs/results: the command `line`, mean and standard deviation over seeds, and the
-    paired differences to SFT with their 95 % intervals; * where an interval leaves out zero."""
+    paired differences to SFT with their 95 % intervals; * where an interval leaves out zero.
+    settings: {row: flags of train.py}."""
     columns = experiment.columns
     means = [[row, *(cell(found, c) for c in columns)] for row, found in by.items()]
+    columns = [c for c in columns if c not in WATCH]  # SFT has no such numbers
     differences = []
-    for title, row, other in pairs(by):
+    for title, row, other in pairs(by, experiment.beside):
         cells = [title]
         for column in columns:
             both = [a[column] - b[column] for a, b in zip(by[row], by[other])
@@ -135,15 +140,20 @@ def page(name, experiment, by, seeds, figure, line):
             star = "*" if abs(m) > half else ""
             cells.append(f"{m:+.{digits(column)}f}{wide}{star}")
         differences.append(cells)
-    lines = [f"# {name}: {experiment.shows}", *command(line), "",
-             f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds.", "",
-             table(["", *columns], means), "",
-             "Paired difference to SFT, seed by seed, ± half its 95 % interval; * where the "
-             "interval leaves out zero:", "", table(["", *columns], differences), ""]
+    title, _, more = experiment.shows.partition(". ")
+    lines = [f"# {name}: {title}", *["", f"{more}."] * bool(more), *command(line), "",
+             f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. What the "
+             "columns are: [words](../results.md#words).", "",
+             table(["", *experiment.columns], means), "",
+             "Paired difference to SFT, or to what is named, seed by seed, ± half its 95 % interval; "
+             "* where the interval leaves out zero:", "", table(["", *columns], differences), ""]
     if any(" lr=" in row for row in by):
         lines += areas(by)
+    lines += ["Settings, beside the defaults:", "",
+              *(f"- {row}: " + ", ".join(f"{k} {v}" for k, v in setting.items())
+                for row, setting in settings.items()), ""]
     if figure:
-        lines += [f"![{experiment.shows}]({figure.name})", ""]
+        lines += [f"![{title}]({figure.name})", ""]
     return "\n".join(lines)
 
 
