@@ -33,8 +33,9 @@ def rows_of(source, folder):
         return [row for _, row in jsons.read_records(BUNDLED / "data" / f"{source}.jsonl")]
     file = folder / "sdft.json"
     if not file.is_file():
-        examples, _ = sdft.rewrite(load_model(BUNDLED), load_tokenizer(BUNDLED),
-                                   data.read_examples(TRAIN))
+        examples, kept = sdft.rewrite(load_model(BUNDLED), load_tokenizer(BUNDLED),
+                                      data.read_examples(TRAIN))
+        print(f"sdft: {kept} of {len(examples)} answers are the model's own", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         jsons.write_json(file, [{"question": e.prompt, "answer": e.answer} for e in examples])
     return [row for _, row in jsons.read_records(file)]
