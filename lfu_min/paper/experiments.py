@@ -45,12 +45,14 @@ def frontier(*methods):
 
 
 def changed(method, **changes):
-    """The method's best setting, and one more row for every value of one flag."""
+    """The method's best setting, one more row for every value of one flag, and SFT at LfU-lora's
+    learning rate."""
     def rows(tuned):
         usual = tuned[method]["best"]
         others = {f"{flag} {value}": usual | {flag: value}
                   for flag, values in changes.items() for value in values}
-        return {"SFT": tuned["SFT"]["best"], method: usual} | others
+        return {"SFT": tuned["SFT"]["best"], method: usual} | others | {
+            SAME_RATE: same_rate(tuned)}
     return rows
 
 
@@ -65,7 +67,7 @@ def all_at_best(tuned):
 
 
 def ablation(tuned):
-    """LfU-lora with one part replaced, and SFT at LfU's own learning rate."""
+    """LfU-lora with one part replaced, and SFT at its learning rate."""
     own = {k: v for k, v in tuned["LfU-lora"]["best"].items() if k != "aux"}
     return changed("LfU-lora", move=("descent", "random", "two-steps", "other-batch"),
                    alpha=("0",), compare=("cosine", "logit-kl"))(tuned) | {
@@ -75,7 +77,6 @@ def ablation(tuned):
         "h not detached, lam 1000": own | {"method": "attached", "lam": "1000"},
         "at SFT's learning rate": own | {"aux": "lora", "lr": tuned["SFT"]["best"]["lr"]},
         "LfU-lora stream=bf16": own | {"aux": "lora", "stream": "bf16"},
-        SAME_RATE: same_rate(tuned),
         "SFT stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
 
 
