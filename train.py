@@ -125,16 +125,16 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
         plan = plan_step(s, examples, step, team, pad_id, scale.value)
         results = []
         for batch in plan.batches:
-            if s.method != "lfu":  # plain SFT, or another of what LfU is compared with
-                results.append(BASELINES[s.method](model, batch,
-                                                   **method_settings(s, plan.count)))
-                continue
-            # forward: h and l_SFT (Eq 3, 1); backward: g and l_SFT's gradient; ascent (Eq 2);
-            # forward: h' (Eq 4) and the MSE (Eq 5); backward (Eq 6). See lfu_min/lfu.py.
-            # lam / count: l_cons is the mean over the step's micro-batches; l_SFT is divided by
-            # the step's supervised tokens already (batch.divisor).
-            results.append(lfu_step(model, batch, AUXILIARIES[s.aux], s.lam / plan.count, s.alpha,
-                                    layers, MOVES[s.move], DISTANCES[s.compare]))
+            if s.method == "lfu":
+                # forward: h and l_SFT (Eq 3, 1); backward: g and l_SFT's gradient; ascent (Eq 2);
+                # forward: h' (Eq 4) and the MSE (Eq 5); backward (Eq 6). See lfu_min/lfu.py.
+                # lam / count: l_cons is the mean over the step's micro-batches; l_SFT is divided by
+                # the step's supervised tokens already (batch.divisor).
+                result = lfu_step(model, batch, AUXILIARIES[s.aux], s.lam / plan.count, s.alpha,
+                                  layers, MOVES[s.move], DISTANCES[s.compare])
+            else:  # plain SFT, or another of what LfU is compared with
+                result = BASELINES[s.method](model, batch, **method_settings(s, plan.count))
+            results.append(result)
         distributed.add_up_gradients(th)
         norm = torch.nn.utils.clip_grad_norm_(th, CLIP)
         grad_norm = distributed.whole(norm).item()  # here a GPU is waited for

@@ -15,13 +15,14 @@ g        g       as th_aux      gradient of l_SFT with respect to th_aux
 alpha    alpha   -              length of the ascent step, over all of th_aux together     0.1
 h_l,t    h[l]    (N, D)         layer l's states where the next token is supervised, from th
 h'_l,t   h_aux   as h           the same from th and the moved th_aux
-K        layers  K of 1..L      layers compared; h[L] is taken after the final norm        all
-T        N       positions      positions whose next token is supervised
-l_SFT    sft     nats per token mean cross-entropy of the answers' tokens (batch.divisor)
+K        layers  numbers, 1..L  the K layers compared; h[L] is taken after the final norm  all
+T        N       positions      of all examples, those whose next token is supervised
+l_SFT    sft     nats per token mean cross-entropy of the supervised tokens
 l_cons   terms   (K,)           mean squared difference of h' and h, per layer; their mean
 lambda   lam     -              weight of l_cons                                           5.0
 
-(D channels, L layers; h[0] is the embedding.)
+(D channels, L layers; h[0] is the embedding. `batch` is a micro-batch: its tokens, the N positions,
+float16's loss_scale, and the generator that draws whatever is random.)
 
 Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent the
 auxiliary model IS the model. The forward that gives h is also the ascent's, and one backward of
