@@ -127,11 +127,18 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     text = real.main(settings(files))
     assert (files / "out" / "real_gsm8k.md").read_text() == text
     assert "python -m lfu_min.paper.real gsm8k --model bundled --files data" in text
-    assert text.count("| LfU-lora |") == 2 and "| base |" in text and "seed 100" in text
+    assert "Not run yet" not in text and text.count("| LfU-lora |") == 2 and "| base |" in text and "seed 100" in text
     assert len((files / "out" / jobs.RECORD).read_text().splitlines()) == (
         2 * 3 + 4 * 2 + 1 + 3)  # and what the first seed solved
+    record = files / "out" / jobs.RECORD
+    every = record.read_text()
     monkeypatch.setattr(jobs, "measured", None)  # would be called for a run that is missing
     assert real.main(settings(files)) == text
+    record.write_text("".join(line + "\n" for line in every.splitlines()
+                              if "aux=lora" not in line or "seed=1" not in line))
+    less = real.main(settings(files, "--recorded"))
+    assert "Not run yet: LfU-lora with seed 1." in less and "| LfU-lora |" in less
+    record.write_text(every)
     other = files / "other"
     other.symlink_to(BUNDLED)  # the same model by another name is the same
     assert real.main([str(other) if a == str(BUNDLED) else a for a in settings(files)]) == (

@@ -153,6 +153,8 @@ def main(argv=None):
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
                    default="0,1,2", help="training seeds")
+    p.add_argument("--recorded", action="store_true",
+                   help=f"run nothing: a page of what {jobs.RECORD} has")
     s = p.parse_args(argv)
     record = s.out / jobs.RECORD
     # one model's runs and data do not stand for another's
@@ -162,14 +164,21 @@ def main(argv=None):
         (row, seed): job(setting | {"lr": best}, seed, s.name, s) for seed in s.seeds
         for row, setting in METHODS.items()} | {
         (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
-    jobs.announce(todo, record, s.jobs)
-    found, by = jobs.all_measured(todo, s.jobs, s.threads, record), {}
+    done = {key: one for key, one in todo.items()
+            if not (s.recorded and jobs.missing({key: one}, record))}
+    jobs.announce(done, record, s.jobs)
+    found, by = jobs.all_measured(done, s.jobs, s.threads, record), {}
     for row, seed in todo:
-        by.setdefault(row, []).append(found[row, seed])
+        by.setdefault(row, []).append(found.get((row, seed), {}))
+    by = {row: numbers for row, numbers in by.items() if any(numbers)}
     shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen once, in "
              f"batches of {BATCH}; learning rate {best}. Measured on {HELD_OUT} held-out examples, "
              f"{CHOICES} questions of PIQA, {CHARACTERS:,} characters of Wikipedia, {OTHERS} "
              f"examples of the other set; right: of {SOLVED} problems, with the first seed")
+    if todo.keys() > done.keys():
+        shows += ". Not run yet: " + ", ".join(
+            row if seed is None else f"{row} with seed {seed}" for row, seed in todo
+            if (row, seed) not in done)
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,

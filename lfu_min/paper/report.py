@@ -1,6 +1,12 @@
 """Pages of docs/results: tables in Markdown, paired differences with their intervals."""
 import math
+import os
+from pathlib import Path
+import platform
+import re
 from statistics import fmean as mean
+
+import torch
 
 from ..engine import system
 from ..scoring.measures import mean_sd
@@ -81,8 +87,16 @@ def alphas(lines, target):
 
 def command(line):
     versions = system.environment()["versions"]
-    return ["", "```bash", line, "```", "",
-            f"Two CPU cores, Python {versions['python']}, torch {versions['torch']}, float32."]
+    return ["", "```bash", line, "```", "", f"{os.cpu_count()} cores, {processor()}; Python "
+            f"{versions['python']}, torch {versions['torch']}."]
+
+
+def processor():
+    """The CPU's name, "AMD EPYC (AVX2)"."""
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.is_file() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def reference(row, by, other="SFT"):
