@@ -138,7 +138,8 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     record.write_text("".join(line + "\n" for line in every.splitlines()
                               if "aux=lora" not in line or "seed=1" not in line))
     less = real.main(settings(files, "--recorded"))
-    assert "Not run yet: LfU-lora with seed 1." in less and "| LfU-lora |" in less
+    assert "Not run yet: LfU-lora with seed 1." in less and "--files data --recorded\n" in less
+    assert "| LfU-lora |" in less
     record.write_text(every)
     other = files / "other"
     other.symlink_to(BUNDLED)  # the same model by another name is the same

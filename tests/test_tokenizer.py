@@ -29,7 +29,8 @@ TEXT = """Natalia sold clips to 48 of her friends in April, and then she sold ha
 in May.\n\n12 * 3 = 36
 How many clips did Natalia sell altogether? She'll say it's 72; they've done "well", don't they? \
  \t 7\n    return x_1
-Où est la bibliothèque? Đây là tiếng Việt. Straße, naïve café; 東京は日本の首都です。 Привет, мир! \
+Où est la bibliothèque? Đây là tiếng Việt. Straße, naïve café; \
+東京は日本の首都です。 Привет, мир! \
 مرحبا بالعالم 👩‍👩‍👧 ½ Ⅷ ٣
 the there then these other mother 2024-11-21 10:45 #### 72 <<48/2=24>>24 $1,000.50 100% a@b.org \
 {"k": [1, 2]}\r\n"""

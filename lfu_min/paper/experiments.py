@@ -13,8 +13,9 @@ from .report import SAME_RATE, WATCH
 LEARNED, KEPT = "word problems", "category mean"
 SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
 SIZES = (16, 32, 64, 128, 256)
-RANDOM = ("0.4", "0.8")  # alphas that move the states at random about as far as lora's 0.03 does
-# along the gradient: over the whole run, in the first step
+# Alphas with which random moves take the states about as far as lora's 0.03 does along the
+# gradient: over the whole run, and in the first step.
+RANDOM = ("0.4", "0.8")
 
 
 class Experiment(NamedTuple):

@@ -5,8 +5,8 @@
 Fine-tunes once over 200 short examples of one data set (GSM8K or Dolly), then asks what was learned
 (nats a token of held-out answers) and what else was kept: PIQA, Wikipedia text, the other data set.
 SFT with a seed of its own chooses one of six learning rates for all methods: the one that is best
-on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted
-call goes on where it stopped when it is given again.
+on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted call goes on
+where it stopped when it is given again.
 
 Files, in --files: gsm8k_train.jsonl, gsm8k_test.jsonl, dolly_3k.json, piqa_valid.jsonl,
 piqa_valid_labels.lst, wikipedia_30.txt (another model or selection takes the same names).
@@ -181,6 +181,7 @@ def main(argv=None):
             if (row, seed) not in done)
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
+    command += " --recorded" if s.recorded else ""
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,
                        {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,
                        command)

@@ -159,8 +159,9 @@ def page(name, experiment, by, seeds, settings, figure, line):
              f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. What the "
              "columns are: [words](../results.md#words).", "",
              table(["", *experiment.columns], means), "",
-             "Paired difference to SFT, or to what is named, seed by seed, ± half its 95 % interval; "
-             "* where the interval leaves out zero:", "", table(["", *columns], differences), ""]
+             "Paired difference to SFT, or to what is named, seed by seed, ± half its 95 % "
+             "interval; * where the interval leaves out zero:", "",
+             table(["", *columns], differences), ""]
     if any(" lr=" in row for row in by):
         lines += areas(by)
     lines += ["Settings, beside the defaults:", "",
@@ -187,6 +188,6 @@ def areas(by):
             d, half = interval([a - b for a, b in zip(values, volumes["SFT"])])
             cells[2] = f"{d:+.3f} ± {half:.3f}" + "*" * (abs(d) > half)
         rows.append(cells)
-    return ["Area under the points of each method (word problems x other categories, of 1), mean ± "
-            "standard deviation, and its paired difference to SFT's:", "",
+    return ["Area under the points of each method (word problems x other categories, of 1), mean "
+            "± standard deviation, and its paired difference to SFT's:", "",
             table(["", "area", "difference"], rows), ""]

@@ -77,8 +77,8 @@ def verdict(examples, runs):
             right(new, t), right(old, t), strict=True)]) for t in tasks])
 
     def told(learned, kept):
-        return (f"{IN_DOMAIN} {learned.value:+.1f} ± {learned.stderr:.1f} points, other categories "
-                f"{kept.value:+.1f} ± {kept.stderr:.1f}")
+        return (f"{IN_DOMAIN} {learned.value:+.1f} ± {learned.stderr:.1f} points, other "
+                f"categories {kept.value:+.1f} ± {kept.stderr:.1f}")
 
     lines, found = [], {"SFT": [], "LfU": []}
     for run in runs[1:]:
