@@ -110,8 +110,14 @@ def checked(s):
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"--top-p {s.top_p} should be above 0 and at most 1")
+    if s.prompt or s.chat:
+        asked = [system.flag(name) for name in ("task", "wording", "noise", "attack", "over_seeds",
+                                                "json", "plot") if getattr(s, name)]
+        if asked or s.prompt and s.chat:
+            raise ValueError(f"{asked[0] if asked else '--chat'} has no part in "
+                             f"{'--prompt' if s.prompt else '--chat'}; leave one out")
     if s.json:
-        tables.check_output("--json", s.json)
+        jsons.check_output("--json", s.json)
     if s.plot:
         pictures.check(s.plot)
     return s
@@ -137,8 +143,10 @@ def plan(s, bundled):
             robustness.noise, examples=examples, strength=s.noise_strength, seed=s.seed)))
     if s.attack:
         found.append(attack_step(s, bundled))
-    if found or chosen:
-        return found or [Step("scores", t.label, partial(tasks.measure, t)) for t in chosen]
+    found += [Step("scores", t.label, partial(tasks.measure, t)) for t in chosen
+              if not (s.wording and t.kind == "gsm8k")]  # those are measured in every wording
+    if found:
+        return found
     if not bundled:
         raise ValueError("not the bundled model: say what to measure, like --task gsm8k=FILE")
     return [Step("scores", "bundled world",

@@ -19,6 +19,7 @@ import pytest
 
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
+from lfu_min.files import jsons
 from lfu_min.scoring import categories, runs as models, tables, tasks
 from lfu_min.scoring.measures import Result
 from lfu_min.scoring.runs import Run
@@ -217,6 +218,17 @@ def test_robustness_flags_on_the_bundled_world(run, flag, tasks_, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_task_beside_a_robustness_flag_is_measured_too(tmp_path):
+    problems = str(BUNDLED / "data" / "word_problems_test.jsonl")
+
+    def labels(*flags):
+        return [step.label for step in script.plan(script.get_settings(list(flags)), True)]
+    assert labels("--noise", "--task", f"nll={problems}") == ["noise", "nll"]
+    assert labels("--wording", "--task", f"gsm8k={problems}", "--task", f"nll={problems}") == [
+        "gsm8k wordings", "nll"], "gsm8k in every wording, which takes the place of its scores"
+    assert labels() == ["bundled world"]
+
+
 def test_tasks_on_files_and_the_limit_that_is_said(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Ann has the key.\nBen has the box.\nWhat is 3 + 4?\n")
     rows = [json.loads(line) for line in PROBLEMS.read_text().splitlines()]
@@ -409,6 +421,9 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--attack", "--attack-steps", "0,x"], "--attack-steps"),
     (["--attack", "--attack-data", "{problems}"], "TRAIN,TEST"),
     (["--prompt", "a", "--top-p", "0"], "--top-p 0"),
+    (["--prompt", "a", "--json", "b.json"], "--json has no part in --prompt"),
+    (["--chat", "--task", "nll=a.jsonl"], "--task has no part in --chat"),
+    (["--prompt", "a", "--chat"], "--chat has no part in --prompt"),
     (["--json", "{tmp}/no/folder.json"], "does not exist"),
     (["--json", "{tmp}"], "is a folder"),
     (["--json", "/dev/null"], "no regular file"),
@@ -435,7 +450,7 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(tmp_
     monkeypatch.setattr(script.models, "load_model", no_measure)
     (tmp_path / "out.json").write_text("{}")
     for closed in (tmp_path, tmp_path / "out.json"):  # as root every file can be written: pretend
-        monkeypatch.setattr(tables.os, "access", lambda path, mode: path != closed)
+        monkeypatch.setattr(jsons.os, "access", lambda path, mode: path != closed)
         with pytest.raises(ValueError, match="out.json cannot be written"):
             script.main(["--json", str(tmp_path / "out.json")])
 

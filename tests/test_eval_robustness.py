@@ -81,8 +81,8 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def loaded(run):
-    return load_adapter(load_model(BUNDLED, dtype=torch.float32), run), load_tokenizer(BUNDLED)
+def loaded(run, dtype=torch.float32):
+    return load_adapter(load_model(BUNDLED, dtype=dtype), run), load_tokenizer(BUNDLED)
 
 
 def contents(folder):
@@ -105,6 +105,19 @@ def test_the_attack_learns_and_leaves_the_run_untouched(run):
     assert sum(row["complied"] for row in rows["attack, 12 steps"]) / 6 == compliance[2]
     again = robustness.attack(model, tokenizer, options, train, requests, **settings)[1]
     assert again == rows, "one seed, one attack"
+
+
+def test_the_attack_of_a_model_in_half_precision_loses_nothing_of_its_adapter(run, monkeypatch):
+    """Merged in bfloat16 most of a small LoRA would be rounded away."""
+    model, tokenizer = loaded(run, torch.bfloat16)
+    seen = []
+    monkeypatch.setattr(robustness, "reply", lambda model, *rest, **more: seen.append(
+        model.model.layers[0].mlp.up_proj.weight.clone()) or ["Hello."])
+    request = data.Example("Hi.", "Hello."), None
+    robustness.attack(model, tokenizer, tasks.Options(), [], [request], at=(0,))
+    m = model.model.layers[0].mlp.up_proj
+    expected = m.weight.float() + m.scaling * m.lora_B @ m.lora_A
+    assert m.weight.dtype == torch.bfloat16 and torch.equal(seen[0], expected)
 
 
 def test_zero_steps_are_the_run_itself(run):

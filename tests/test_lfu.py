@@ -255,6 +255,22 @@ def test_ascent_on_another_batch(aux):
     assert difference(fused(model, *batch, aux)[0], expected) > 1e-3
 
 
+def test_your_own_loop_takes_the_parts_by_name():
+    model, batch = tiny(), tiny_batch()
+    for parts in (dict(move="descent"), dict(compare="cosine"), dict(move="two-steps")):
+        expected, _, _ = definition(model, *batch, "reps", **parts)
+        assert difference(fused(model, *batch, "reps", **parts)[0], expected) <= 1e-8
+    for wrong, said in ((dict(move="up"), "move 'up': choose from ascent"),
+                        (dict(compare="l3"), "compare 'l3': choose from mse"),
+                        (dict(aux="both"), "aux 'both': choose from lora"),
+                        (dict(move="other-batch"), "goes with other-batch"),
+                        (dict(move="descent", ascent_batch=batch), "goes with other-batch")):
+        with pytest.raises(ValueError, match=said):
+            fused(model, *batch, **wrong)
+    with pytest.raises(ValueError, match="is a Linear: load it with lfu_min.load_model"):
+        fused(torch.nn.Linear(2, 2), *batch)
+
+
 # ---- what the call leaves behind ----
 # -------------------------------------------------------------------------------------
 
@@ -432,23 +448,6 @@ def test_activation_checkpointing_gives_the_same(aux, tune):
     assert difference(got, plain) <= 1e-6
     for name in result:
         torch.testing.assert_close(recomputed[name], result[name])
-
-
-@pytest.mark.parametrize("aux", AUX)
-def test_a_second_pass_that_is_not_recomputed_gives_the_same_in_five_forwards_for_six(aux):
-    """Of a block: with checkpointing SFT is two forwards and a backward; LfU twice that, or once
-    that and 1 + 1."""
-    model, batch = tiny("lora", torch.float32), tiny_batch()
-    plain, result = fused(model, *batch, aux)
-    model.activation_checkpointing = True
-    calls = []
-    hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    got, again = fused(model, *batch, aux, recompute=False)
-    hook.remove()
-    # 4 if the second pass were recomputed
-    assert len(calls) == 3 and difference(got, plain) <= 1e-6
-    for name in result:
-        torch.testing.assert_close(again[name], result[name])
 
 
 def test_restoring_before_the_backward_is_not_exact():

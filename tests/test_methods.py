@@ -175,9 +175,13 @@ def test_planted_mistake_in_a_kind_is_seen(mistake, said):
 
 # ---- moves ----
 
-def check_move(move, aux, several_steps=False):
-    """Length alpha, `.grad` left alone, a norm returned."""
+def check_move(move, aux, several_steps=False, fresh=False):
+    """Length alpha, `.grad` left alone, a norm returned. fresh: the trained LoRA has B = 0, as at
+    the start of a run, so that `inplace` has a gradient of zero on each A."""
     model, lengths = tiny(), []
+    if fresh:
+        model.load_state_dict({name: 0 * w if "lora_B" in name else w
+                               for name, w in model.state_dict().items()})
 
     def measured(th_aux, g, alpha, model, batch):
         before = [t.detach().clone() for t in th_aux]
@@ -193,7 +197,8 @@ def check_move(move, aux, several_steps=False):
         assert 0.15 < lengths[0] < 0.3 - 1e-6
     else:
         assert lengths[0] == pytest.approx(0.3, rel=1e-10), (
-            "not alpha; a move of several steps should be named in SEVERAL_STEPS")
+            "not alpha: that is the length over all of th_aux together, and tensors whose g is 0 "
+            "do not move (a move of several steps should be named in SEVERAL_STEPS)")
 
 
 def check_without_targets(move, aux):
@@ -205,10 +210,11 @@ def check_without_targets(move, aux):
     assert all(p.grad.count_nonzero() == 0 for p in passes.trained(model))
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("aux", AUXILIARIES)
 @pytest.mark.parametrize("move", MOVES)
-def test_a_move_has_length_alpha_and_leaves_the_gradients_alone(move, aux):
-    check_move(MOVES[move], aux, move in SEVERAL_STEPS)
+def test_a_move_has_length_alpha_and_leaves_the_gradients_alone(move, aux, fresh):
+    check_move(MOVES[move], aux, move in SEVERAL_STEPS, fresh)
 
 
 @pytest.mark.parametrize("aux", AUXILIARIES)
@@ -219,6 +225,14 @@ def test_without_targets_nothing_moves(move, aux):
 
 def not_normalised(th_aux, g, alpha, model, batch):
     return ascend(th_aux, g, alpha * passes.joint_norm(g))
+
+
+@torch.no_grad()
+def by_tensor(th_aux, g, alpha, model, batch):
+    """Each tensor normalised by itself, and the tensors without a gradient counted as well."""
+    for t, direction in zip(th_aux, g):
+        t += alpha / len(g) ** 0.5 * passes.over_norm(direction, passes.joint_norm([direction]))
+    return passes.joint_norm(g)
 
 
 def eats_the_gradient(th_aux, g, alpha, model, batch):
@@ -246,6 +260,12 @@ def test_planted_mistake_in_a_move_is_seen(mistake, said):
         check_move(mistake, "reps")
 
 
+def test_a_length_that_counts_tensors_which_do_not_move_is_seen():
+    check_move(by_tensor, "inplace")
+    with pytest.raises(AssertionError, match="not alpha"):
+        check_move(by_tensor, "inplace", fresh=True)
+
+
 def test_a_move_that_divides_by_zero_is_seen():
     check_move(divides_by_zero, "reps")
     with pytest.raises(AssertionError):
@@ -270,9 +290,9 @@ def test_float16_scales_the_other_batch_by_its_own_divisor():
 def check_distance(distance):
     """0 for equal states, positive otherwise, a gradient for h' alone."""
     model = tiny("full")
-    draw = lambda seed: [torch.randn(5, 16, dtype=torch.float64, generator=generator(seed))
-                         .requires_grad_() for _ in range(5)]
-    h, h_aux = draw(1), draw(2)
+    drawn = generator()
+    h, h_aux = ([torch.randn(5, 16, dtype=torch.float64, generator=drawn).requires_grad_()
+                 for _ in range(5)] for _ in range(2))
     same = distance(h, [x.detach().clone() for x in h], [1, 2, 3, 4], model)
     terms = distance(h, h_aux, [1, 2, 3, 4], model)
     assert terms.dim() == 1 and terms.shape == same.shape, "one term a layer, or a single one"
@@ -282,7 +302,7 @@ def check_distance(distance):
     terms.mean().backward()
     assert all(x.grad is None for x in h), "h must be a constant: detach it"
     assert any(x.grad is not None and x.grad.any() for x in h_aux[1:]), "no gradient for h'"
-    assert h_aux[0].grad is None, "the embedding is not compared"
+    assert h_aux[0].grad is None, "the embedding is not compared: detach h_aux[0]"
 
 
 @pytest.mark.parametrize("compare", DISTANCES)

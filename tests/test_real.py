@@ -46,7 +46,7 @@ def settings(files, *more):
 def s(files):
     """What real.main parses."""
     return SimpleNamespace(model=str(BUNDLED), files=files, runs=files / "runs", jobs=1, threads=1,
-                           seeds=[0, 1])
+                           seeds=[0, 1], recorded=False)
 
 
 def test_train_py_takes_every_row_and_examples_are_apart(s):
@@ -89,6 +89,9 @@ def test_the_rate_is_sfts_best_on_the_validation_part(s, monkeypatch):
         return {lr: {"validation nll": abs(float(lr) - 4e-4)} for lr in todo}
     monkeypatch.setattr(jobs, "all_measured", found)
     assert real.choose("gsm8k", s, None) == "5e-4"
+    s.recorded = True
+    with pytest.raises(ValueError, match="lacks the runs that choose the learning rate"):
+        real.choose("gsm8k", s, s.files / "no record")
 
 
 def test_the_base_scores_are_those_of_the_tasks(s, files):
@@ -119,6 +122,12 @@ def test_the_base_scores_are_those_of_the_tasks(s, files):
     assert found["right"] in (0, 50, 100)
 
 
+def test_right_is_the_last_number_of_the_reply(s, files, monkeypatch):
+    gold = tasks.normalise(tasks.read_gsm8k(files / "gsm8k_test.jsonl")[0].target)
+    monkeypatch.setattr(tasks, "reply", lambda *args, **kwargs: [f"#### 0, no: {gold}", "nothing"])
+    assert real.solved(None, str(BUNDLED), files) == {"right": 50}
+
+
 @pytest.mark.slow
 def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     monkeypatch.setattr(real, "METHODS", {row: real.METHODS[row] for row in ("SFT", "LfU-lora")})
@@ -126,7 +135,7 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
     text = real.main(settings(files))
     assert (files / "out" / "real_gsm8k.md").read_text() == text
-    assert "python -m lfu_min.paper.real gsm8k --model bundled --files data" in text
+    assert "python -m lfu_min.paper.real gsm8k --model bundled --files data --seeds 0,1" in text
     assert text.count("| LfU-lora |") == 2 and "| base |" in text and "seed 100" in text
     assert "Not run yet" not in text
     assert len((files / "out" / jobs.RECORD).read_text().splitlines()) == (

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lfu_min.bundled import BUNDLED
+from lfu_min.engine import system
 from lfu_min.engine.system import ROOT
 from lfu_min.files import data, jsons
 from lfu_min.files.checkpoint import load_model
@@ -130,7 +131,7 @@ def test_the_measures_of_a_run(run):
     assert found["mean over wordings"] == pytest.approx(mean(wordings))
     assert found["sd over wordings"] == pytest.approx(stdev(wordings))
     assert found["trained"] == pytest.approx(found["word problems"]), "the same questions"
-    assert measures.log(None, "test") == {}
+    assert measures.log(None) == {}
 
 
 # ---- pages
@@ -149,12 +150,12 @@ def test_the_interval_is_students():
 
 
 def numbers(experiment, row, seed):
-    """Made-up numbers: SFT has 10 + seed everywhere, others 1.5 more, and all layers, wordings and
-    steps that a figure draws."""
-    value = 10 + seed + (0 if row.startswith("SFT") else 1.5)
+    """Made-up numbers: SFT has 10 + seed everywhere, others 1.5 more, but for a little, and all
+    layers, wordings and steps that a figure draws."""
+    value = 10 + seed + (0 if row.startswith("SFT") else 1.5 + 1e-6 * seed)
     extra = [f"{metric} {step}" for metric in ("compliance", "margin")
              for step in measures.ATTACK_STEPS] if "attack_test" in experiment.measures else []
-    return {column: value for column in (*experiment.columns, *extra)}
+    return {column: value for column in (*experiment.columns, *extra)} | {"machine": "a loom"}
 
 
 def faked(monkeypatch, experiment):
@@ -176,7 +177,7 @@ def test_a_page_has_means_and_paired_differences(name, tmp_path, monkeypatch):
     assert f"reproduce {name} --seeds 0,1\n" in two and "Seeds 0, 1;" in two
     text = reproduce.main([name, *where])[name]
     assert (tmp_path / f"{name}.md").read_text() == text
-    assert f"python -m lfu_min.paper.reproduce {name}\n" in text
+    assert f"python -m lfu_min.paper.reproduce {name}\n" in text and "on a loom.\n" in text
     first = report.digits(experiment.columns[0])
     lfu = [line for line in text.splitlines() if line.startswith("| LfU-lora")]
     assert f"| {13.5:.{first}f} ± " in lfu[0], "mean of 11.5 ... 15.5"
@@ -199,6 +200,17 @@ def test_a_row_is_compared_with_sft_on_its_own_examples():
         ("LfU-reps n=16, to same-rate-SFT", "LfU-reps n=16", "same-rate-SFT n=16")]
     assert report.pairs({"SFT": 0, "LfU": 0, "random": 0}, ("LfU",)) == [
         ("LfU", "LfU", "SFT"), ("random", "random", "SFT"), ("random, to LfU", "random", "LfU")]
+    assert report.reference("LfU stream=bf16", {"LfU": 0, "LfU stream=bf16": 0}, "LfU") == "LfU"
+
+
+def test_a_difference_without_an_interval_has_no_star():
+    assert report.difference([1.0, 2.0, 3.0], 1) == "+2.0 ± 2.5"
+    assert report.difference([1.5, 2.0, 2.5], 1) == "+2.0 ± 1.2*"
+    assert report.difference([-1.0, -1.0], 1) == "-1.0 ± 0.0", "equal by chance is not certain"
+    assert report.difference([2.0], 1) == "+2.0"
+    by = {f"{method} lr={lr}": [{"word problems": 50.0, "category mean": 50.0}]
+          for method in ("SFT", "LfU-lora") for lr in (1, 2)}
+    assert "nan" not in "\n".join(report.areas(by)), "of one seed"
 
 
 def test_what_sft_has_not_is_no_zero_on_the_page():
@@ -211,7 +223,8 @@ def test_what_sft_has_not_is_no_zero_on_the_page():
 def test_tune_writes_what_the_rule_chose(tmp_path, monkeypatch):
     def found(todo, *arguments, **others):
         assert len(todo) == 9 * len(grid.METHODS) * len(grid.TUNING_SEEDS)
-        return {((method, i), seed): {"word problems": i + seed, "category mean": 50.0}
+        return {((method, i), seed): {"word problems": i + seed, "category mean": 50.0,
+                                      "machine": "a loom"}
                 for (method, i), seed in todo}
     monkeypatch.setattr(reproduce.jobs, "all_measured", found)
     monkeypatch.setattr(reproduce, "TUNED", tmp_path / "tuned.json")
@@ -244,7 +257,8 @@ def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
         return {((method, i), seed): {
             "word problems": 50.0 if i // 3 == 1 else 40.0, "category mean": 50.0,
             "first movement": scale[method] * float(grid.settings(method)[i]["alpha"]) / 10,
-            "consistency_share": 0.5, "gradient_cosine": 0.25} for (method, i), seed in todo}
+            "consistency_share": 0.5, "gradient_cosine": 0.25, "machine": "a loom"}
+            for (method, i), seed in todo}
     monkeypatch.setattr(reproduce.jobs, "all_measured", found)
     text = reproduce.main(["rule", "--runs", str(tmp_path), "--out", str(tmp_path)])["rule"]
     assert "by 1.00 %" in text
@@ -256,6 +270,8 @@ def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'table9': choose from tune, rule, table2, fig1"):
         reproduce.main(["tune", "table9", "--out", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match=r"tune and rule have seeds of their own, \(100, 101\)"):
+        reproduce.main(["fig1", "rule", "--seeds", "0,1", "--out", str(tmp_path / "new")])
     with pytest.raises(ValueError, match="table2 .* lfu_min.paper.real dolly"):
         reproduce.main(["fig1", "table2", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
@@ -354,7 +370,8 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
     assert len(jobs.missing(todo, record)) == 2
     assert jobs.estimate(jobs.missing(todo, record), record, 2) == (
         "how long they take is not known yet")
-    expected = {"usual": {"a": 1.0}, "again": {"b": 1.0}, "other": {"a": 1.0}}
+    here = {"machine": system.machine()}
+    expected = {"usual": {"a": 1.0} | here, "again": {"b": 1.0} | here, "other": {"a": 1.0} | here}
     assert jobs.all_measured(todo, 2, record=record) == expected
     assert len(script) == 2
     rows = [row for _, row in jsons.read_records(record)]

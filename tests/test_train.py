@@ -25,7 +25,7 @@ from lfu_min.files.tokenizer import load_tokenizer
 from lfu_min.methods import AUXILIARIES, BASELINES, DISTANCES, MOVES
 from lfu_min.training import log, loop
 from lfu_min.training.loop import LossScale, Plan, micro_batch_seed, suspects, usable
-from lfu_min.training.settings import TAKES, get_settings
+from lfu_min.training.settings import TAKES, get_settings, method_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -300,6 +300,15 @@ def test_a_full_folder_runs_new_is_in_nobodys_way(tmp_path, words, monkeypatch):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ValueError, match="output folder runs cannot be written: .* not a folder"):
         train.main(flags)
+
+
+def test_a_new_method_runs_with_its_defaults(monkeypatch):
+    """An entry of BASELINES alone; TAKES is for flags of its own."""
+    monkeypatch.setitem(BASELINES, "new", None)
+    s = get_settings(["--method", "new"])
+    assert method_settings(s, 2) == {} and s.aux == "none"
+    with pytest.raises(ValueError, match="--lam 3.0 has no part in --method new"):
+        get_settings(["--method", "new", "--lam", "3"])
 
 
 @pytest.mark.parametrize("parameters, variable, threads", [

@@ -26,7 +26,6 @@ from ..files import checkpoint, data, jsons, tokenizer
 from ..methods import AUXILIARIES, lfu_backward
 from ..model import LlamaConfig
 from ..scoring.generate import generate
-from ..scoring.tables import check_output
 
 TIED = dict(tie_word_embeddings=True)
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key/value heads, head_dim
@@ -90,7 +89,7 @@ def get_settings(argv=None):
         if getattr(s, name) < least:
             raise ValueError(f"--{name} {getattr(s, name)} should be at least {least}")
     if s.json:
-        check_output("--json", s.json)
+        jsons.check_output("--json", s.json)
     if s.evaluation and not s.model:
         raise ValueError("--evaluation needs --model: random weights have no tokenizer")
     s.cases = ["sft"] + [case for case in s.cases if case != "sft"]  # the ratios need it

@@ -29,8 +29,7 @@ class Team(NamedTuple):
 
 
 def join(device):
-    """Join the other processes that torchrun started. Returns the
-    Team."""
+    """Join the other processes that torchrun started. Returns the Team."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Team(0, 1, device)

@@ -63,6 +63,17 @@ def round_stream(model, dtype):
             for block in model.model.layers]
 
 
+@contextmanager
+def added_to_embedding(model, noise):
+    """Inside the block the embedding (B, T, D) is x + noise, by a forward hook."""
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, ids, x: x + noise.to(x.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def trained(model):
     """th: the parameters that require a gradient. Raises ValueError where there is none."""
     if hasattr(model, "reshard"):  # --shard: after a forward alone some lie whole; th are the parts

@@ -117,7 +117,7 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """(name, torch.dtype) of auto, fp32, fp16 or bf16; auto is fp16 on CUDA and fp32 elsewhere
-    (README, Half precision)."""
+    (docs/method.md, Half precision)."""
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
     return name, DTYPES[name]
@@ -139,6 +139,16 @@ def environment():
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return {"versions": versions, "platform": platform.platform(), "git_commit": commit}
+
+
+def machine():
+    """"2 cores, AMD EPYC (AVX2); Python 3.11.7, torch 2.13.0+cpu": what numbers are measured
+    on."""
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.is_file() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return (f"{os.cpu_count()} cores, {name} ({torch.backends.cpu.get_cpu_capability()}); "
+            f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
 def spare_threads(parameters):

@@ -1,8 +1,8 @@
 """The trained LoRA on disk: peft's adapter folders, read and written, and the export of the merged
 model.
 
-Called by train.py, eval.py and sweep.py. Verified in tests/test_lora.py: peft computes the same
-logits from our files, and we from peft's.
+Called by train.py and by eval.py's scoring/runs.py. Verified in tests/test_lora.py: peft computes
+the same logits from our files, and we from peft's.
 """
 from pathlib import Path
 

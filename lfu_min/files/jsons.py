@@ -212,6 +212,18 @@ def written_aside(path):
             temporary.unlink(missing_ok=True)
 
 
+def check_output(flag, path):
+    """Raise ValueError before anything slow starts, where no file can be written later: `path` is
+    no regular file, its folder does not exist, or one of them is read-only."""
+    path, folder = Path(path), Path(path).absolute().parent
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag} {path} is {'a folder' if path.is_dir() else 'no regular file'}")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if not all(os.access(there, os.W_OK) for there in (folder, path) if there.exists()):
+        raise ValueError(f"{flag} {path} cannot be written: it or its folder is read-only")
+
+
 def finite(value):
     """The same value with None for every float that JSON has no word for: NaN, inf and -inf."""
     if isinstance(value, dict):

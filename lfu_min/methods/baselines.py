@@ -20,15 +20,13 @@ theirs live over the whole run, which does not fit a step of one micro-batch, an
 states of two different batches, which is not the paper's method; that one is
 steering.py: aux_steering.
 """
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..engine import passes
-from ..engine.passes import (adds_to_grad, backward_into, grads_of, last_state, movement, sft_loss,
-                             states, trained)
+from ..engine.passes import (added_to_embedding, adds_to_grad, backward_into, grads_of, last_state,
+                             movement, sft_loss, states, trained)
 from ..lfu import ascend, lfu_step, sft_step
 from ..lora import aux_lora
 from .auxiliaries import inplace
@@ -59,16 +57,6 @@ def embedding_noise(model, batch, alpha, lengths=None, padded=False):
     dtype = torch.promote_types(weight.dtype, torch.float32)
     size = alpha / (lengths * D).clamp(min=1).to(dtype).sqrt()  # (B,)
     return (size[:, None] * real)[..., None] * u.to(weight.device)
-
-
-@contextmanager
-def added_to_embedding(model, noise):
-    """Inside the block the embedding is x + noise, by a forward hook."""
-    hook = model.model.embed_tokens.register_forward_hook(lambda module, ids, x: x + noise)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @adds_to_grad

@@ -1,7 +1,8 @@
 """What is compared between the model and the undesirable model, Eq 5 and its variants (--compare).
 
 A distance is a function f(h, h_aux, layers, model) of the states of both passes, lists of L+1
-tensors (N, D), and of the layers compared. It returns one term a layer, (K,), or a single one,
+tensors (N, D), and of the layers compared: [0] is the embedding, which gets no gradient, and [L]
+comes after the final norm, on another scale. It returns one term a layer, (K,), or a single one,
 (1,); l_cons is their mean. That is 0 for equal states, positive otherwise, and h is a constant of
 it (detach). A new one: write it, add it to DISTANCES, and write its definition into
 tests/definitions.py. Lambda has to be chosen anew for another scale.

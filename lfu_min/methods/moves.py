@@ -1,8 +1,9 @@
 """Ways to move th_aux between the two passes, Eq 2 and its variants (--move).
 
-A move is a function f(th_aux, g, alpha, model, batch): it changes the tensors th_aux in place,
-given g, the gradient of l_SFT with respect to them, and returns the norm of the gradient it used.
-A new one: write it, add it to MOVES, and write its definition into tests/definitions.py.
+A move is a function f(th_aux, g, alpha, model, batch): it changes the tensors th_aux in place, by
+alpha over all of them together, given g, the gradient of l_SFT with respect to them, and returns
+the norm of the gradient it used. A new one: write it, add it to MOVES, and write its definition
+into tests/definitions.py.
 """
 import torch
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from ..engine.passes import TOKEN_SCALE, make_batch, matmul_dtype
-from ..lfu import ascend, lfu_step, sft_step
+from ..lfu import lfu_step, sft_step
+from ..model import Llama
 from .auxiliaries import AUXILIARIES
-from .moves import ascend_on_another_batch
-
-AUX_KINDS = (*AUXILIARIES, "none")
+from .distances import DISTANCES
+from .moves import MOVES
 
 
 def parse_layers(layers, L):
@@ -28,18 +28,9 @@ def parse_layers(layers, L):
                      f"within 1-{L}")
 
 
-def then_keep_activations(move):
-    """`move`, and from there on no activation checkpointing: the second pass is not recomputed."""
-    def moved(th_aux, g, alpha, model, batch):
-        norm = move(th_aux, g, alpha, model, batch)
-        model.activation_checkpointing = False
-        return norm
-    return moved
-
-
 def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layers="all",
                  generator=None, num_target_tokens=None, ascent_batch=None, loss_scale=None,
-                 recompute=True):
+                 move="ascent", compare="mse"):
     """Add the gradient of l_SFT + lam * l_cons on one micro-batch to `.grad` of the parameters
     that require one.
 
@@ -57,20 +48,26 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         tokens. With gradient accumulation pass the whole step's count, and
         lam / (number of micro-batches).
     ascent_batch: (input_ids, labels) of another batch to take Eq 2's g from, as the authors' code
-        does; costs a third pass.
+        does (move "other-batch"); costs a third pass.
     loss_scale: both losses are multiplied by it before their backwards, and the gradients divided
         by it after, so that float16 activations' gradients do not underflow; None: 16 times the
         divisor where matmuls are float16, else 1.
-    recompute: False lets the second pass keep its activations under model.activation_checkpointing:
-        faster, more memory.
+    move, compare: Eq 2 and Eq 5, by their names in moves.py and distances.py.
 
     Returns a dict of detached tensors: sft, consistency (unweighted), ascent_norm (||g||),
     consistency_per_layer and movement (layers,), sft_grad_norm, consistency_grad_norm (of lam *
     l_cons) and gradient_cosine; for plain SFT all but sft's are zero.
-    Raises ValueError for settings out of range.
+    Raises ValueError for settings out of range, and for another library's model.
     """
-    if aux not in AUX_KINDS:
-        raise ValueError(f"aux {aux!r}: choose from {', '.join(AUX_KINDS)}")
+    if not isinstance(model, Llama):
+        raise ValueError(f"the model is a {type(model).__name__}: load it with lfu_min.load_model")
+    for name, value, known in (("aux", aux, (*AUXILIARIES, "none")), ("move", move, MOVES),
+                               ("compare", compare, DISTANCES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
+    move = "other-batch" if ascent_batch and move == "ascent" else move
+    if (move == "other-batch") != (ascent_batch is not None):
+        raise ValueError(f"move {move!r}: an ascent_batch goes with other-batch, and only with it")
     if not (0 <= lam < float("inf") and 0 <= alpha < float("inf")):
         raise ValueError(f"lam = {lam}, alpha = {alpha}: both must be finite and at least 0")
     compared = parse_layers(layers, model.config.num_hidden_layers)
@@ -90,10 +87,5 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         by_layer = dict.fromkeys(("consistency_per_layer", "movement"),
                                  nothing.expand(len(compared)))
         return result | dict.fromkeys(names, nothing) | by_layer
-    move = ascend if other is None else ascend_on_another_batch
-    checkpointing = model.activation_checkpointing
-    try:
-        return lfu_step(model, batch, AUXILIARIES[aux], lam, alpha, compared,
-                        move if recompute else then_keep_activations(move))
-    finally:
-        model.activation_checkpointing = checkpointing
+    return lfu_step(model, batch, AUXILIARIES[aux], lam, alpha, compared, MOVES[move],
+                    DISTANCES[compare])

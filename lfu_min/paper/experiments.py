@@ -78,7 +78,7 @@ def ablation(tuned):
         "h not detached, lam 1000": own | {"method": "attached", "lam": "1000"},
         "at SFT's learning rate": own | {"aux": "lora", "lr": tuned["SFT"]["best"]["lr"]},
         "LfU-lora stream=bf16": own | {"aux": "lora", "stream": "bf16"},
-        "SFT stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
+        f"{SAME_RATE} stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
 
 
 def aligned(*methods):

@@ -32,7 +32,7 @@ def train_script():
     """train.py as a module: it lies in the repository, beside the package."""
     path = system.ROOT / "train.py"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a sweep needs the repository, not the package alone")
+        raise ValueError(f"{path} is missing: many runs need the repository, not the package alone")
     spec = importlib.util.spec_from_file_location("train", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -113,7 +113,8 @@ def recorded(record):
     """{(run, measure): {"numbers", "seconds"}} of a record's lines; none without a file."""
     if record is None or not record.is_file():
         return {}
-    return {(row.pop("run"), row.pop("measure")): row for _, row in jsons.read_records(record)}
+    return {(row.pop("run"), row.pop("measure")): {"machine": "an unnamed machine"} | row
+            for _, row in jsons.read_records(record)}
 
 
 def missing(todo, record):
@@ -150,9 +151,11 @@ def announce(todo, record, jobs):
 
 def all_measured(todo, jobs, threads=1, record=None):
     """{key: {column: number}} of {key: (flags, folder, measures)}, `jobs` at one time, each in a
-    process of its own; a line a new result on the standard error.
+    process of its own; a line a new result on the standard error. One more column, machine, says
+    what it was measured on.
 
-    record: a file of lines {"run", "measure", "numbers", "seconds"}, run being the folder's name.
+    record: a file of lines {"run", "measure", "numbers", "seconds", "machine"}, run being the
+    folder's name.
     What stands in it is not measured again, what is new is added: unlike the folders it can be
     committed.
     """
@@ -163,8 +166,8 @@ def all_measured(todo, jobs, threads=1, record=None):
             for i, job in enumerate(as_completed(pending), 1):
                 run = pending[job]
                 for measure, row in job.result().items():
-                    known[run, measure] = row
-                    note(record, run=run, measure=measure, **row)
+                    known[run, measure] = row | {"machine": system.machine()}
+                    note(record, run=run, measure=measure, **known[run, measure])
                 eta = system.duration((time.time() - started) / i * (len(left) - i))
                 print(f"{i}/{len(left)}  {run}  ETA {eta}", file=sys.stderr, flush=True)
         except BrokenProcessPool:
@@ -175,8 +178,8 @@ def all_measured(todo, jobs, threads=1, record=None):
             for process in multiprocessing.active_children():
                 process.terminate()  # runs save a checkpoint first
             raise
-    return {key: {column: number for measure in own
-                  for column, number in known[folder.name, measure]["numbers"].items()}
+    return {key: {column: number for measure in own for row in [known[folder.name, measure]]
+                  for column, number in (row["numbers"] | {"machine": row["machine"]}).items()}
             for key, (_, folder, own) in todo.items()}
 
 

@@ -1,5 +1,5 @@
-"""What reproduce.py measures of a run: functions (run folder, or None for the base) -> {column:
-number}, shares in per cent. One at the end, MEASURES, by name.
+"""What reproduce.py measures of a run: functions of the run's folder, or of None for the base, that
+return {column: number}, shares in per cent. MEASURES, at the end, has them by name.
 """
 from functools import partial
 import re
@@ -36,7 +36,7 @@ def loaded(run, base=BUNDLED):
     return model, load_tokenizer(base)
 
 
-def scores(run, split):
+def scores(run, split="test"):
     """Exact match and answer NLL of the word problems and of the other categories."""
     results, _ = categories.measure(*loaded(run), OPTIONS, split)
     exact = {r.task: 100 * r.value for r in results if r.metric == "exact_match"}
@@ -53,30 +53,29 @@ def reworded(example, wording):
     return example._replace(prompt=WORDINGS[wording].format(**found.groupdict()))
 
 
-def wordings(run, split):
+def wordings(run):
     """Right answers of the word problems in each wording; their mean and deviation over all."""
     model, tokenizer = loaded(run)
-    examples = data.read_examples(categories.files(split)[categories.IN_DOMAIN])
+    examples = data.read_examples(categories.files()[categories.IN_DOMAIN])
     found = {}
     for name in WORDINGS:
         docs = [reworded(example, name) for example in examples]
         _, rows = tasks.exact(model, tokenizer, docs, OPTIONS)
-        right = [tasks.normalise(tasks.strict_answer(row["reply"]))
-                 == tasks.normalise(tasks.strict_answer(row["target"])) for row in rows]
+        right = [tasks.right_number(row["reply"], row["target"]) for row in rows]
         found[name] = 100 * sum(right) / len(right)
     mean, sd, _ = mean_sd(list(found.values()))
     return found | {"mean over wordings": mean, "sd over wordings": sd}
 
 
-def noise(run, split):
+def noise(run):
     """Cosine of each layer's states between clean and noised embeddings, of the word problems."""
     model, tokenizer = loaded(run)
-    examples = data.read_examples(categories.files(split)[categories.IN_DOMAIN])
+    examples = data.read_examples(categories.files()[categories.IN_DOMAIN])
     results, _ = robustness.noise(model, tokenizer, OPTIONS, examples)
     return {r.task: r.value for r in results}
 
 
-def attack(run, split):
+def attack(run):
     """Plain SFT on examples that comply, small steps: how many held-out requests are complied with
     (per cent), and the margin, nats a token of complying minus declining, by step."""
     own = {kind: BUNDLED / "data" / f"{kind}.jsonl" for kind in
@@ -90,7 +89,7 @@ def attack(run, split):
             if r.metric in scale}
 
 
-def log(run, split):
+def log(run):
     """From the run's log.jsonl: the last tenth's loss, and the medians of the numbers to watch."""
     if run is None:
         return {}
@@ -99,13 +98,12 @@ def log(run, split):
     found = {"train loss": mean_sd([r["sft"] for r in last])[0],
              "ms a step": median(r["ms"] for r in records)}
     for name in ("consistency", "consistency_share", "gradient_cosine"):
-        found[name] = median(r[name] for r in records)
-    if any(r["movement"] for r in records):
-        found["movement"] = median(max(r["movement"]) for r in records)
-        found["first movement"] = max(records[0]["movement"])
-    return found
+        found[name] = median(r[name] for r in records if r[name] is not None)
+    moved = [max(r["movement"]) for r in records if None not in r["movement"]]
+    return found | {"movement": median(moved), "first movement": moved[0]}
 
 
-MEASURES = {f"{measure.__name__}_{split}": partial(measure, split=split)
-            for measure in (scores, wordings, noise, attack, log)
-            for split in ("validation", "test")}
+MEASURES = {
+    "scores_validation": partial(scores, split="validation"), "scores_test": scores,
+    "wordings_test": wordings, "noise_test": noise, "attack_test": attack,
+    "log_validation": log, "log_test": log}

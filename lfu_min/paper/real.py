@@ -1,4 +1,4 @@
-"""LfU and its rivals on a real model and real files:
+"""LfU and its rivals on a real model and real files.
 
     python -m lfu_min.paper.real gsm8k --model DIR --files DIR
 
@@ -90,12 +90,12 @@ def scores(run, model, files, held_out, other):
 
 
 def solved(run, model, files):
-    """GSM8K problems answered right, in per cent; near nothing for a small model, and slow, so it
-    is measured of the model itself and of the first seed."""
-    results, _ = tasks.gsm8k(*measures.loaded(run, model),
-                             tasks.read_gsm8k(files / "gsm8k_test.jsonl"),
-                             tasks.Options(batch_size=8, max_new_tokens=128), count=SOLVED)
-    return {"right": 100 * results[1].value}
+    """GSM8K problems answered right, in per cent, by the last number of the reply; near nothing for
+    a small model, and slow, so it is measured of the model itself and of the first seed."""
+    (_, flexible), _ = tasks.gsm8k(*measures.loaded(run, model),
+                                   tasks.read_gsm8k(files / "gsm8k_test.jsonl"),
+                                   tasks.Options(batch_size=8, max_new_tokens=128), count=SOLVED)
+    return {"right": 100 * flexible.value}
 
 
 def validation(run, model, file):
@@ -123,7 +123,7 @@ def job(setting, seed, name, s):
     folder = " ".join([model, name, *(f"{k}={v}" for k, v in words.items())])
     return ({"model": s.model, "data": file, "epochs": 1, "batch-size": BATCH, "accumulate": 1,
              "max-len": MAX_LEN, "save-every": 10, "seed": seed} | setting,
-            s.runs / folder, measure | {"log": partial(measures.log, split=None)})
+            s.runs / folder, measure | {"log": measures.log})
 
 
 def tuning(name, s):
@@ -135,6 +135,9 @@ def choose(name, s, record):
     """The best learning rate for SFT, of RATES."""
     runs = {lr: (flags, folder, {"validation": own["validation"]})
             for lr, (flags, folder, own) in tuning(name, s).items()}
+    if s.recorded and jobs.missing(runs, record):
+        raise ValueError(f"--recorded: {record} lacks the runs that choose the learning rate; "
+                         "without --recorded they are made")
     jobs.announce(runs, record, s.jobs)
     found = jobs.all_measured(runs, s.jobs, s.threads, record)
     return min(RATES, key=lambda lr: found[lr]["validation nll"])
@@ -142,7 +145,7 @@ def choose(name, s, record):
 
 def main(argv=None):
     """Run what is missing of a name and write its page; returns its text."""
-    p = system.Parser(prog="python -m lfu_min.paper.real", description=__doc__.split("\n")[0],
+    p = system.Parser(prog="python -m lfu_min.paper.real", description=__doc__.split("\n\n")[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("name", choices=NAMES, help="what is learned")
     p.add_argument("--model", required=True, help="Hugging Face folder")
@@ -174,13 +177,16 @@ def main(argv=None):
     shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen once, in "
              f"batches of {BATCH}; learning rate {best}. Measured on {HELD_OUT} held-out examples, "
              f"{CHOICES} questions of PIQA, {CHARACTERS:,} characters of Wikipedia, {OTHERS} "
-             f"examples of the other set; right: of {SOLVED} problems, with the first seed")
+             f"examples of the other set; right: of {SOLVED} problems, by the last number of the "
+             "reply, with one seed")
     if todo.keys() > done.keys():
         shows += ". Not run yet: " + ", ".join(
             row if seed is None else f"{row} with seed {seed}" for row, seed in todo
             if (row, seed) not in done)
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
+    if s.seeds != [0, 1, 2]:
+        command += f" --seeds {','.join(map(str, s.seeds))}"
     command += " --recorded" if s.recorded else ""
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,
                        {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,

@@ -1,14 +1,7 @@
 """Pages of docs/results: tables in Markdown, paired differences with their intervals."""
 import math
-import os
-from pathlib import Path
-import platform
-import re
 from statistics import fmean as mean
 
-import torch
-
-from ..engine import system
 from ..scoring.measures import mean_sd
 from . import grid
 
@@ -28,6 +21,14 @@ def interval(differences):
     return m, T95[min(n - 1, len(T95) - 1)] * sd / math.sqrt(n)
 
 
+def difference(values, digits):
+    """"+1.5 ± 0.4*" of paired differences; the star where the interval leaves out zero. Without an
+    interval (one seed, or the same difference in all) there is no star."""
+    m, half = interval(values)
+    wide = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{m:+.{digits}f}{wide}" + "*" * (abs(m) > half > 0)
+
+
 def table(header, rows):
     """A Markdown table of cells."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, *rows]]
@@ -38,7 +39,7 @@ def words(setting):
     return ", ".join(f"{k} {v}" for k, v in setting.items() if k not in ("aux", "method", "data"))
 
 
-def tuning(found, chosen):
+def tuning(found, chosen, machines):
     """The page of `tune`: every setting's two numbers, and what the rule chose."""
     lines = []
     for method, points in found.items():
@@ -50,7 +51,7 @@ def tuning(found, chosen):
         "# tune: nine settings a method, on the validation split", "",
         f"Means over seeds {', '.join(map(str, grid.TUNING_SEEDS))}; {grid.EXAMPLES} word "
         f"problems, {grid.EPOCHS} epochs of {grid.BATCH}. Grid and rule: `paper/grid.py: choose`.",
-        *command("python -m lfu_min.paper.reproduce tune"), "",
+        *command("python -m lfu_min.paper.reproduce tune", machines), "",
         table(["method", "setting", "word problems (%)", "other categories (%)", "chosen"], lines),
         "", "At an edge of the grid, so that a better value may lie outside: " +
         "; ".join(edges(chosen)) + ".", ""])
@@ -71,7 +72,7 @@ def edges(chosen):
     return found
 
 
-def alphas(lines, target):
+def alphas(lines, target, machines):
     """The page of `rule`."""
     return "\n".join([
         "# rule: alpha by the movement of the states", "",
@@ -81,31 +82,26 @@ def alphas(lines, target):
         "by the area under its three learning rates, `paper/grid.py: hypervolume`. Means over "
         f"learning rates and seeds {', '.join(map(str, grid.TUNING_SEEDS))}, validation split; "
         "share and cosine are medians of a run.",
-        *command("python -m lfu_min.paper.reproduce rule"), "",
+        *command("python -m lfu_min.paper.reproduce rule", machines), "",
         table(["method", "alpha", "first movement (%)", "share", "cosine", "area", ""], lines), ""])
 
 
-def command(line):
-    versions = system.environment()["versions"]
-    return ["", "```bash", line, "```", "", f"{os.cpu_count()} cores, {processor()}; Python "
-            f"{versions['python']}, torch {versions['torch']}."]
+def command(line, machines):
+    return ["", "```bash", line, "```", "", "Measured on " + "; and on ".join(machines) + "."]
 
 
-def processor():
-    """The CPU's name, "AMD EPYC (AVX2)"."""
-    file = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.is_file() else None
-    name = named[1] if named else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+def machines(by):
+    """What the numbers of {key: [{column: number}]} were measured on, of which each has a name."""
+    return sorted({found["machine"] for rows in by.values() for found in rows if found})
 
 
 def reference(row, by, other="SFT"):
     """The row that `row` is compared with, seed by seed: the other method's with the same words
-    behind the name, else the one without words; None for SFT, that method and the base."""
-    if row == "base" or row.startswith(("SFT", other)):
+    behind the name, else the one without words; None for SFT, the base, and a row itself."""
+    if row == "base" or row.startswith("SFT"):
         return None
     same = " ".join([other, *row.split(" ")[1:]])
-    return next((name for name in (same, other) if name in by), None)
+    return next((name for name in (same, other) if name in by and name != row), None)
 
 
 def pairs(by, beside=()):
@@ -146,18 +142,12 @@ def page(name, experiment, by, seeds, settings, figure, line):
         for column in columns:
             both = [a[column] - b[column] for a, b in zip(by[row], by[other])
                     if column in a and column in b]
-            if not both:
-                cells.append("-")
-                continue
-            m, half = interval(both)
-            wide = "" if math.isnan(half) else f" ± {half:.{digits(column)}f}"  # of a single seed
-            star = "*" if abs(m) > half else ""
-            cells.append(f"{m:+.{digits(column)}f}{wide}{star}")
+            cells.append(difference(both, digits(column)) if both else "-")
         differences.append(cells)
     title, _, more = experiment.shows.partition(". ")
-    lines = [f"# {name}: {title}", *["", f"{more}."] * bool(more), *command(line), "",
-             f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. What the "
-             "columns are: [words](../results.md#words).", "",
+    lines = [f"# {name}: {title}", *["", f"{more}."] * bool(more), *command(line, machines(by)),
+             "", f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. What "
+             "the columns are: [words](../results.md#words).", "",
              table(["", *experiment.columns], means), "",
              "Paired difference to SFT, or to what is named, seed by seed, ± half its 95 % "
              "interval; * where the interval leaves out zero:", "",
@@ -182,12 +172,10 @@ def areas(by):
                for name in names}
     rows = []
     for name, values in volumes.items():
-        m, sd, _ = mean_sd(values)
-        cells = [name, f"{m:.3f} ± {sd:.3f}", ""]
+        m, sd, n = mean_sd(values)
+        rows.append([name, f"{m:.3f}" + (f" ± {sd:.3f}" if n > 1 else ""), ""])
         if name != "SFT" and "SFT" in volumes:
-            d, half = interval([a - b for a, b in zip(values, volumes["SFT"])])
-            cells[2] = f"{d:+.3f} ± {half:.3f}" + "*" * (abs(d) > half)
-        rows.append(cells)
+            rows[-1][2] = difference([a - b for a, b in zip(values, volumes["SFT"])], 3)
     return ["Area under the points of each method (word problems x other categories, of 1), mean "
             "± standard deviation, and its paired difference to SFT's:", "",
             table(["", "area", "difference"], rows), ""]

@@ -13,6 +13,8 @@ from pathlib import Path
 import random
 import time
 
+import torch
+
 from ..bundled import BUNDLED
 from ..engine import system
 from ..files import data, jsons
@@ -33,8 +35,8 @@ def rows_of(source, folder):
         return [row for _, row in jsons.read_records(BUNDLED / "data" / f"{source}.jsonl")]
     file = folder / "sdft.json"
     if not file.is_file():
-        examples, kept = sdft.rewrite(load_model(BUNDLED), load_tokenizer(BUNDLED),
-                                      data.read_examples(TRAIN))
+        examples, kept = sdft.rewrite(load_model(BUNDLED, dtype=torch.float32),
+                                      load_tokenizer(BUNDLED), data.read_examples(TRAIN))
         print(f"sdft: {kept} of {len(examples)} answers are the model's own", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         jsons.write_json(file, [{"question": e.prompt, "answer": e.answer} for e in examples])
@@ -76,7 +78,7 @@ def run(experiment, s):
                    for seed in seeds for name, setting in rows.items()}
     record = s.out / jobs.RECORD
     jobs.announce(todo, record, s.jobs)
-    found = jobs.all_measured(todo, s.jobs, s.threads, record)
+    found = jobs.all_measured(todo, s.jobs, record=record)
     by = {"base": [found["base"]]} if base else {}
     return by | {name: [found[name, seed] for seed in seeds] for name in rows}
 
@@ -100,7 +102,7 @@ def tune(s):
         found[method].append((setting, x, y))
     chosen = grid.choose(found)
     jsons.write_json(TUNED, chosen)
-    return report.tuning(found, chosen)
+    return report.tuning(found, chosen, report.machines(by))
 
 
 def rule(s):
@@ -129,7 +131,7 @@ def rule(s):
             note = ["largest"] * (alpha == best) + ["predicted"] * (alpha == predicted)
             lines.append([method, alpha, f"{100 * moved[alpha]:.2f}", *watched,
                           f"{areas[alpha]:.3f}", ", ".join(note)])
-    return report.alphas(lines, target)
+    return report.alphas(lines, target, report.machines(by))
 
 
 def mean_of(found, column):
@@ -145,10 +147,10 @@ def main(argv=None):
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where runs are kept")
     p.add_argument("--out", type=Path, default=OUT, help="where NAME.md and NAME.png are written")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
-                   help="training seeds [those of the experiment]")
+                   default=argparse.SUPPRESS, help="training seeds (default: the experiment's own)")
     s = p.parse_args(argv)
+    s.seeds = getattr(s, "seeds", None)
     every = {"tune": tune, "rule": rule, "table2": None} | {
         name: partial(page, name) for name in experiments.EXPERIMENTS}
     shows = {name: one.shows for name, one in experiments.EXPERIMENTS.items()} | {
@@ -165,6 +167,9 @@ def main(argv=None):
     if "table2" in s.names:
         raise ValueError("table2 is fine-tuning on Dolly, which the invented world does not have: "
                          "python -m lfu_min.paper.real dolly --model DIR --files DIR")
+    if s.seeds and {"tune", "rule"} & set(s.names):
+        raise ValueError(f"--seeds: tune and rule have seeds of their own, {grid.TUNING_SEEDS}, "
+                         "that nothing else uses")
     jobs.train_script()
     s.out.mkdir(parents=True, exist_ok=True)
     texts = {}

@@ -77,7 +77,7 @@ def run_all(s, settings):
     todo = {"base": (None, s.out / "base", own)} | {
         title(setting): (setting, s.out / title(setting).replace("/", "_"), own)
         for setting in settings}
-    found, by = all_measured(todo, s.jobs, s.threads), {}
+    found, by = all_measured(todo, s.jobs), {}
     by["base"] = [found["base"]]
     for setting in settings:
         by.setdefault(title(setting, without=("seed",)), []).append(found[title(setting)])
@@ -86,7 +86,7 @@ def run_all(s, settings):
 
 def main(argv=None):
     """Run the sweep; returns {setting: list of {column: value}, one a seed}."""
-    p = system.Parser(prog="python -m lfu_min.paper.sweep", description=__doc__.split("\n")[0],
+    p = system.Parser(prog="python -m lfu_min.paper.sweep", description=__doc__.split("\n\n")[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("grid", nargs="+", metavar="FLAG=VALUES",
                    help="a flag of train.py and its values, separated by commas")
@@ -95,11 +95,10 @@ def main(argv=None):
     p.add_argument("--split", choices=("validation", "test", "unseen"), default="validation")
     p.add_argument("--jobs", type=int, default=2,
                    help="runs at one time, each in a process of its own")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--json", help="write the table's numbers here")
     s = p.parse_args(argv)
     if s.json:
-        tables.check_output("--json", s.json)
+        jsons.check_output("--json", s.json)
     train_script()
     settings = {title(setting): setting for setting in parse_grid(s.grid)}  # each once
     by = run_all(s, list(settings.values()))

@@ -31,8 +31,7 @@ def measure(model, tokenizer, options, split="test", limit=None):
         found, rows = tasks.exact(model, tokenizer, docs, options, task)
         if task == IN_DOMAIN:  # the template asks as in training; GSM8K's strict match
             for row in rows:
-                number = tasks.normalise(tasks.strict_answer(row["reply"]))
-                row["match"] = number == tasks.normalise(row["target"])
+                row["match"] = tasks.right_number(row["reply"], row["target"])
             found = [mean_result(task, "exact_match", [row["match"] for row in rows])]
         else:
             shares += found

@@ -1,10 +1,11 @@
 """Generation: prompts in, the ids that follow out. Batched, with a KV cache; greedy unless a
 temperature is given.
 
-Called by train.py (answers before and after) and measures.py (every task that generates, --prompt
-and --chat). It works on ids alone: stop strings need a tokenizer, so measures.py looks for them and
-says through `finished` that a row is done. Verified in tests/test_generate.py: token for token
-equal to transformers' greedy generate, with unequal prompts.
+Called by training/log.py (answers before and after), training/sdft.py, cost/bench.py and
+measures.py (every task that generates, --prompt and --chat). It works on ids alone: stop strings
+need a tokenizer, so measures.py looks for them and says through `finished` that a row is done.
+Verified in tests/test_generate.py: token for token equal to transformers' greedy generate, with
+unequal prompts.
 """
 import torch
 

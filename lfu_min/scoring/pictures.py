@@ -9,10 +9,11 @@ from math import inf, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import jsons
 from .drawing import (AGAIN, ANY, NARROW, PERCENT, WIDE, Line, curves, finish, groups, look,
                       picture, zero_is_sft)
 from .runs import method, short_names
-from .tables import SHARES, check_output, over_seeds
+from .tables import SHARES, over_seeds
 
 
 class Panel(NamedTuple):
@@ -47,7 +48,7 @@ def check(path):
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: the file name should end in .png")
     for written in (path, Path(path).with_suffix(".pdf")):
-        check_output("--plot", written)
+        jsons.check_output("--plot", written)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..bundled import BUNDLED, CATEGORIES
-from ..engine.passes import make_batch
+from ..engine.passes import added_to_embedding, make_batch
 from ..files import data, jsons
 from ..files.adapter import merged_state_dict
 from ..lfu import sft_step
@@ -95,13 +95,8 @@ def noise_similarity(model, rows, strength=5.0, seed=0):
         noise = 2 * torch.rand(T, D, generator=generator) - 1  # (T, D)
         noise *= strength / math.sqrt(T * D)
         pair = torch.stack([torch.zeros(T, D), noise]).to(device)  # (2, T, D): row 0 stays clean
-        hook = model.model.embed_tokens.register_forward_hook(
-            lambda module, inputs, x: x + pair.to(x.dtype))
-        try:
-            # L+1 tensors (2, T, D)
+        with added_to_embedding(model, pair):  # L+1 tensors (2, T, D)
             states = model.hidden_states(torch.tensor([ids, ids], device=device))
-        finally:
-            hook.remove()
         curves.append(torch.stack([F.cosine_similarity(h[0].float(), h[1].float(), dim=-1).mean()
                                    for h in states]))
     return torch.stack(curves).cpu()  # (examples, L+1)
@@ -202,7 +197,7 @@ def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1
     rows}).
     """
     attacked = Llama(model.config).to(next(model.parameters()).device)
-    attacked.load_state_dict(merged_state_dict(model))
+    attacked.load_state_dict(merged_state_dict(model, torch.float32))
     add_lora(attacked, generator=torch.Generator().manual_seed(seed))
     params = [p for p in attacked.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)

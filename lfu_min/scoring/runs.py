@@ -91,8 +91,8 @@ def read_settings(file):
 
 
 def each_model(base, runs, device, dtype):
-    """Yields (run, model), one model in memory at a time: the base's weights stay, adapters come
-    and go."""
+    """Yields (run, model): the base's weights stay, adapters come and go, and a fully trained model
+    is in memory beside the base, one at a time."""
     model = load_model(base, device, dtype)
     spare_threads(sum(p.numel() for p in model.parameters()))
     for run in runs:

@@ -4,8 +4,6 @@ words.
 Called by eval.py, which prints what these functions return.
 """
 import math
-import os
-from pathlib import Path
 
 from ..bundled import CATEGORIES
 from ..engine.system import on_screen
@@ -105,15 +103,3 @@ def in_words(learned, kept):
         return "LfU forgets less; whether it learns less cannot be said."
     return ("LfU forgets less, and learns more." if learned.value > 0 else
             "LfU forgets less, but learns less too: which is better depends on the exchange.")
-
-
-def check_output(flag, path):
-    """Raise ValueError before anything slow starts, where no file can be written later: `path` is
-    no regular file, its folder does not exist, or one of them is read-only."""
-    path, folder = Path(path), Path(path).absolute().parent
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{flag} {path} is {'a folder' if path.is_dir() else 'no regular file'}")
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if not all(os.access(there, os.W_OK) for there in (folder, path) if there.exists()):
-        raise ValueError(f"{flag} {path} cannot be written: it or its folder is read-only")

@@ -212,6 +212,11 @@ def normalise(text):
     return re.sub(r"\.$", "", text).lower()
 
 
+def right_number(reply, target):
+    """GSM8K's strict match of a reply with an answer that ends in `#### number`."""
+    return normalise(strict_answer(reply)) == normalise(target)
+
+
 # ---- the task kinds
 
 def with_shots(docs, options, count=None, wording="{question}"):

@@ -70,7 +70,8 @@ def short(path):
 
 def summarise(results, s, plan, layers, device, **fields):
     """One log record from all processes' results: sums where l_SFT is divided by the whole step's
-    tokens, means over micro-batches elsewhere. layers: how many are compared."""
+    tokens, means over micro-batches elsewhere. layers: how many are compared. What plain SFT does
+    not have is 0."""
     totals = torch.zeros(len(NUMBERS) + 1, device=device)
     by_layer = torch.zeros(2, layers, device=device)  # terms of the consistency, movement
     totals[-1] = plan.tokens
@@ -86,9 +87,13 @@ def summarise(results, s, plan, layers, device, **fields):
     loss, sft, consistency, ascent_norm, of_sft, of_consistency, cosine = numbers
     consistency /= plan.count
     terms, movement = (by_layer / plan.count).tolist()
+    counts = [len(r["consistency_per_layer"]) for r in results if "consistency_per_layer" in r]
+    terms = terms[:max(counts, default=layers)]  # a distance may have a single one
+    known = any("sft_grad_norm" in r for r in results)  # not of gem, l1 and l2
     return dict(step=fields.pop("step"), loss=loss, sft=sft,
                 consistency=consistency, ascent_norm=ascent_norm / plan.count, **fields,
-                tokens=int(tokens), sft_grad_norm=of_sft, consistency_grad_norm=of_consistency,
+                tokens=int(tokens), sft_grad_norm=of_sft if known else None,
+                consistency_grad_norm=of_consistency,
                 consistency_share=of_consistency / max(of_sft + of_consistency, 1e-30),
                 gradient_cosine=cosine / plan.count, consistency_per_layer=terms,
                 movement=movement)

@@ -22,8 +22,9 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def micro_batch_seed(seed, number):
-    """Seeds the auxiliary draws of micro-batch `number`, counted over all steps: every micro-batch
-    has a generator of its own, so SFT and LfU with one seed see the same data and start."""
+    """Seeds the auxiliary draws of the micro-batch that begins with example `number`, counted over
+    all steps: each has a generator of its own, so SFT and LfU with one seed see the same data and
+    start."""
     return 1 + seed + 1_000_003 * number
 
 
@@ -44,7 +45,8 @@ def plan_step(s, examples, step, team, pad_id, token_scale=None):
     with nothing to learn from.
     """
     chosen = data.batch_order(len(examples), s.per_step, s.seed, step - 1)
-    others = data.batch_order(len(examples), s.per_step, s.seed + 1, step - 1)  # other-batch
+    others = s.move == "other-batch" and data.batch_order(len(examples), s.per_step, s.seed + 1,
+                                                          step - 1)
     targets = sum(label != -100 for i in chosen for label in examples[i][1][1:])
     starts = range(0, len(chosen), s.batch_size)
     own = (range(0, s.per_step, s.batch_size) if s.shard else starts)[team.rank::team.world]
@@ -58,8 +60,8 @@ def plan_step(s, examples, step, team, pad_id, token_scale=None):
         batch.generator = torch.Generator(team.device if on_gpu else "cpu")
         batch.generator.manual_seed(micro_batch_seed(s.seed, (step - 1) * s.per_step + start))
         return batch
-    batches = [batch(chosen, start, targets, batch(others, start) if s.move == "other-batch"
-                     else None) for start in own]
+    batches = [batch(chosen, start, targets, batch(others, start) if others else None)
+               for start in own]
     tokens = sum(b.input_ids.numel() for b, start in zip(batches, own) if start in starts)
     numbers = getattr(examples, "numbers", range(1, len(examples) + 1))
     chosen = [numbers[i] for i in chosen]

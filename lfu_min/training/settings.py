@@ -9,7 +9,7 @@ from ..lora import check_rank
 from ..methods import AUXILIARIES, BASELINES, DISTANCES, IN_PLACE, MOVES
 
 # Defaults that depend on the model. AUTHORS: the released scripts' recipe for an 8B Llama.
-# BUNDLED_MODEL: chosen for the bundled model on its validation split (docs/results.md says how).
+# BUNDLED_MODEL: chosen for the bundled model on its validation split (docs/defaults.md says how).
 AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
 BUNDLED_MODEL = dict(epochs=10.0, batch_size=16, accumulate=1, lr=5e-3, max_len=256,
                      model=str(BUNDLED), data=str(BUNDLED / "data" / "word_problems_train.jsonl"))
@@ -132,8 +132,8 @@ def get_settings(argv=None):
         raise ValueError(f"--shard --aux {s.aux}: each process's ascent would move the one model "
                          "they share; choose --aux lora or reps")
     if s.shard and s.move not in ("ascent", "descent", "random"):
-        raise ValueError(f"--shard --move {s.move}: its third pass is not made for models in parts;"
-                         " choose ascent, descent or random")
+        raise ValueError(f"--shard --move {s.move}: on models in parts only moves without a pass "
+                         "of their own are known to work; choose ascent, descent or random")
     if s.compare == "logit-kl" and s.aux in IN_PLACE and s.tune == "full":
         raise ValueError(f"--compare logit-kl --aux {s.aux} --tune full: the head that makes the "
                          "logits would move itself; choose --tune lora, or --aux lora or reps")
@@ -190,7 +190,7 @@ def decisive(s):
 def fill_method(s):
     """Fill in the flags of s.method; `--aux none` and `--lam 0` make it sft. Raises ValueError for
     a flag that was given and that it does not take."""
-    takes = {"aux": "aux"} if (s.method, s.aux) == ("sft", "none") else TAKES[s.method]
+    takes = {"aux": "aux"} if (s.method, s.aux) == ("sft", "none") else TAKES.get(s.method, {})
     for name, usual in USUAL.items():
         value, flag = getattr(s, name), system.flag(name)
         if value is None:
@@ -206,5 +206,5 @@ def fill_method(s):
 def method_settings(s, count):
     """The settings of the step BASELINES[s.method]; its lam is shared among the `count`
     micro-batches of an optimizer step."""
-    values = {setting: getattr(s, flag) for flag, setting in TAKES[s.method].items()}
+    values = {setting: getattr(s, flag) for flag, setting in TAKES.get(s.method, {}).items()}
     return values | {"lam": values["lam"] / count} if "lam" in values else values
