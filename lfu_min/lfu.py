@@ -29,10 +29,11 @@ auxiliary model IS the model. The forward that gives h is also the ascent's, and
 l_SFT gives the gradients of th and of th_aux. Both gradients are exact: tests/test_lfu.py compares
 with the definition written out slowly. docs/method.md says when two passes are not enough.
 
-Of engine/passes.py, which need not be read: backward_into is loss.backward() into the `.grad` of
-the tensors named and of no others, and returns the norm of what th got; grads_of reads `.grad`;
-adds_to_grad lets a step begin with empty `.grad`s (where th_aux is th, g is read from them), and
-adds what was there before at its end.
+Of engine/passes.py, which need not be read: states are model.hidden_states at the N positions;
+sft_loss is F.cross_entropy(model.lm_head(h), targets), in chunks; backward_into is loss.backward()
+into the `.grad` of the tensors named and of no others, and returns the norm of what th got;
+grads_of reads `.grad`; adds_to_grad lets a step begin with empty `.grad`s (where th_aux is th, g is
+read from them), and adds what was there before at its end.
 """
 import torch
 import torch.nn.functional as F
