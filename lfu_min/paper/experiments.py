@@ -14,8 +14,8 @@ LEARNED, KEPT = "word problems", "category mean"
 SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
 SIZES = (16, 32, 64, 128, 256)
 # Alphas with which random moves take the states about as far as lora's 0.03 does along the
-# gradient: over the whole run, and in the first step.
-RANDOM = ("0.4", "0.8")
+# gradient, over the whole run and in the first step; and as its 0.1 does, over the run.
+RANDOM, RANDOM_OF_USUAL = ("0.4", "0.8"), "1.15"
 
 
 class Experiment(NamedTuple):
@@ -81,6 +81,14 @@ def ablation(tuned):
         f"{SAME_RATE} stream=bf16": same_rate(tuned) | {"stream": "bf16"}}
 
 
+def direction(tuned):
+    """LfU-lora with the paper's alpha, random steps that move the states as far, and SFT, all at
+    one learning rate."""
+    own = tuned["LfU-lora"]["best"] | {"alpha": "0.1"}
+    return {"SFT": same_rate(tuned), "LfU-lora": own,
+            "random steps": own | {"move": "random", "alpha": RANDOM_OF_USUAL}}
+
+
 def aligned(*methods):
     """The methods' best settings, on the examples that decline."""
     def rows(tuned):
@@ -135,6 +143,9 @@ EXPERIMENTS = {
     "ablation": Experiment("the ascent, the perturbation or the noise: one part replaced",
                            ablation, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH),
                            beside=("LfU-lora",)),
+    "direction": Experiment("the ascent's direction, or any disturbance as large: ten seeds",
+                            direction, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH),
+                            seeds=range(10), base=False, beside=("LfU-lora",)),
     "precision": Experiment("matrix products in half precision (slow on most CPUs)",
                             changed("LfU-lora", dtype=("fp16", "bf16")),
                             ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),

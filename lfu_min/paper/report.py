@@ -9,8 +9,7 @@ from . import grid
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
        2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
-
-WATCH = ("train loss", "consistency_share", "gradient_cosine", "first movement")
+WATCH = ("train loss", "consistency_share", "gradient_cosine", "movement", "first movement")
 SAME_RATE = "same-rate-SFT"  # the row of SFT at the learning rate of LfU's best setting
 
 
