@@ -102,6 +102,7 @@ def steps(text):
 
 
 def checked(s):
+    system.check_not_empty(s)
     system.check_positive(s, ("limit", "batch_size", "max_new_tokens", "window", "stride",
                               "attack_batch_size", "attack_lr", "noise_strength"))
     if not 0 <= s.seed < 2**60:
@@ -118,9 +119,22 @@ def checked(s):
                              f"{'--prompt' if s.prompt else '--chat'}; leave one out")
     if s.json:
         jsons.check_output("--json", s.json)
+        if not is_result(Path(s.json)):
+            raise ValueError(f"--json {s.json} is there and no result of eval.py; name another "
+                             "file")
     if s.plot:
         pictures.check(s.plot)
+        if s.json and Path(s.json).resolve() == Path(s.plot).with_suffix(".pdf").resolve():
+            raise ValueError(f"--json {s.json} is where --plot writes its PDF; name another file")
     return s
+
+
+def is_result(path):
+    """Whether --json may replace the file: it is not there, empty, or written by --json."""
+    try:
+        return not path.exists() or not path.stat().st_size or "results" in jsons.read_json(path)
+    except ValueError:
+        return False
 
 
 # ---- what to measure

@@ -120,6 +120,15 @@ def test_the_attack_of_a_model_in_half_precision_loses_nothing_of_its_adapter(ru
     assert m.weight.dtype == torch.bfloat16 and torch.equal(seen[0], expected)
 
 
+def test_an_example_longer_than_the_models_positions_is_refused(run):
+    model, tokenizer = loaded(run)
+    long = data.Example("One. " * 600, "Two.")
+    with pytest.raises(ValueError, match="--noise-data: an example has .* the model 512 positions"):
+        robustness.noise(model, tokenizer, tasks.Options(), [long])
+    with pytest.raises(ValueError, match="--attack-data: an example has"):
+        robustness.attack(model, tokenizer, tasks.Options(), [long], [])
+
+
 def test_zero_steps_are_the_run_itself(run):
     model, tokenizer = loaded(run)
     requests = robustness.read_requests(BUNDLED / "data" / "comply_test.jsonl")[:4]

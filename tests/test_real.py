@@ -82,6 +82,13 @@ def test_examples_longer_than_max_len_are_in_no_part(s, monkeypatch):
     assert all(len(data.encode_example(tokenizer, e)[0]) <= real.MAX_LEN for e in kept)
 
 
+def test_too_few_examples_are_said_before_anything_is_written(s, monkeypatch):
+    monkeypatch.setattr(real, "EXAMPLES", 50)
+    with pytest.raises(ValueError, match="53 examples of at most 128 tokens are needed.* are 12"):
+        real.parts("gsm8k", s)
+    assert not s.runs.exists()
+
+
 def test_the_rate_is_sfts_best_on_the_validation_part(s, monkeypatch):
     def found(todo, *arguments):
         assert {folder.name.split("seed=")[1] for _, folder, _ in todo.values()} == {"100"}

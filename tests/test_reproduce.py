@@ -23,6 +23,7 @@ from lfu_min.files import data, jsons
 from lfu_min.files.checkpoint import load_model
 from lfu_min.paper import grid, jobs, measures, report, reproduce
 from lfu_min.paper.experiments import EXPERIMENTS
+from lfu_min.training.folder import locked
 from lfu_min.training.settings import get_settings
 from test_eval_robustness import run  # noqa: F401  (a fixture)
 
@@ -270,6 +271,11 @@ def test_the_rule_takes_the_alpha_that_moves_as_much(tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'table9': choose from tune, rule, table2, fig1"):
         reproduce.main(["tune", "table9", "--out", str(tmp_path / "new")])
+    for wrong in ("a,b", "0,", "1,1", "-1"):
+        with pytest.raises(ValueError, match="--seeds.* should be different whole numbers"):
+            reproduce.main(["fig1", f"--seeds={wrong}", "--out", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match="--jobs 0 should be a positive number"):
+        reproduce.main(["fig1", "--jobs", "0", "--out", str(tmp_path / "new")])
     with pytest.raises(ValueError, match=r"tune and rule have seeds of their own, \(100, 101\)"):
         reproduce.main(["fig1", "rule", "--seeds", "0,1", "--out", str(tmp_path / "new")])
     with pytest.raises(ValueError, match="table2 .* lfu_min.paper.real dolly"):
@@ -387,6 +393,24 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 1 min 30 s"
     more["third"][2]["never seen"] = None  # as long as others take
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 2 min 15 s"
+
+
+@pytest.mark.parametrize("change", [{"run": None}, {"run": ["a"]}, {"seconds": "3"},
+                                    {"numbers": None}, {"numbers": {"a": "1"}}])
+def test_a_damaged_line_of_the_record_is_named(change, tmp_path):
+    line = {"run": "a", "measure": "b", "numbers": {"c": 1.0}, "seconds": 3, "machine": "a loom"}
+    record = tmp_path / "measured.jsonl"
+    record.write_text(json.dumps(line) + "\n")
+    assert jobs.recorded(record)["a", "b"]["numbers"] == {"c": 1.0}
+    record.write_text(json.dumps(line) + "\n" + json.dumps(line | change) + "\n")
+    with pytest.raises(ValueError, match="measured.jsonl, line 2: a line of the record has a run"):
+        jobs.recorded(record)
+
+
+def test_a_run_that_another_process_makes_is_left_alone(tmp_path, script):
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use"):
+        jobs.trained({"lr": 1}, tmp_path)
+    assert not script
 
 
 @pytest.mark.slow

@@ -25,11 +25,12 @@ def test_a_grid_is_all_combinations_and_plus_begins_another():
 
 
 WRONG = [
-    (["lr"], "'lr'"), (["lr="], "'lr='"), (["lr=1,,2"], "lr=1,,2"), (["out=x"], "out cannot vary"),
+    (["lr"], "'lr'"), (["lr="], "'lr='"), (["lr=1,,2"], "lr=1,,2"), (["out=x"], "out has no part"),
+    (["resume=x"], "resume has no part"), (["lr=1e-3", "lr=2e-3"], "write lr=1e-3,2e-3"),
     (["aux=none", "+"], "'+' stands between"),
     # what train.py itself refuses, the combination named
     (["aux=none", "lr=1,0"], "aux=none lr=0: --lr 0.0 should be"), (["lr=x"], "lr=x: .*'x'"),
-    (["help=1"], "help=1: "),
+    (["help=1"], "help has no part"),
     (["seed=0", "+", "momentum=1"], "momentum=1: .*--momentum")]
 
 
@@ -55,7 +56,7 @@ def test_train_py_is_found_by_its_place_in_the_repository(tmp_path, monkeypatch)
     assert sweep.train_script().__file__ == str(system.ROOT / "train.py")
     assert callable(sweep.train_script().main)
     monkeypatch.setattr(system, "ROOT", tmp_path)  # as after pip install: no train.py there
-    with pytest.raises(ValueError, match="needs the repository"):
+    with pytest.raises(ValueError, match="need the repository"):
         sweep.main(["lr=1", "--out", str(tmp_path / "out")])
 
 

@@ -302,6 +302,24 @@ def test_a_full_folder_runs_new_is_in_nobodys_way(tmp_path, words, monkeypatch):
         train.main(flags)
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")])
+def test_too_little_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as exit_:
+        system.command_line(main)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: out of memory: a smaller --batch-size")
+
+    def other():
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes"):
+        system.command_line(other)
+
+
 def test_a_new_method_runs_with_its_defaults(monkeypatch):
     """An entry of BASELINES alone; TAKES is for flags of its own."""
     monkeypatch.setitem(BASELINES, "new", None)
@@ -348,6 +366,7 @@ def test_encoding_says_how_far_it_is_every_30_seconds(monkeypatch, capsys):
 
 BAD = [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--resume", ""], "--resume is empty"), (["--out", ""], "--out is empty"),
     (["--model", "nowhere", "--data", "WORDS"], "nowhere"),
     (["--model", "MODEL"], "--data"),
     (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--r", "0"], "--r"),

@@ -43,9 +43,17 @@ def check_positive(s, names, below=math.inf):
                              + (f" below {below:,}" if below < math.inf else ""))
 
 
+def check_not_empty(s):
+    """Raise ValueError naming a setting that is an empty text, as "$UNSET" makes it: it would pass
+    for one that was not given."""
+    for name, value in vars(s).items():
+        if value == "" or isinstance(value, list) and "" in value:
+            raise ValueError(f"{flag(name)} is empty")
+
+
 def command_line(main):
-    """Run a script's main(): bad input (ValueError, OSError) becomes one line on stderr and exit
-    status 2, Ctrl-C a word and 130; SIGTERM ends it with 143."""
+    """Run a script's main(): bad input (ValueError, OSError) and too little memory become one line
+    on stderr and exit status 2, Ctrl-C a word and 130; SIGTERM ends it with 143."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # quiet imports, see train.py's begin
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dies = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -55,6 +63,12 @@ def command_line(main):
         main()
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))
+    except RuntimeError as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        sys.exit(_complain("out of memory: a smaller --batch-size needs less, more in "
+                           f"docs/training.md ({str(error).splitlines()[0]:.200})"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -233,6 +233,13 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_text(path, text):
+    """Write a file as a whole; after an error an older one is still there. ValueErrors as
+    write_json's."""
+    with written_aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path, value):
     """Write `value` as indented JSON, floats that are not finite as null.
 

@@ -7,6 +7,7 @@
 A record has the numbers of all of them in one file: the tables are made from it, and what stands in
 it is not run again. Used by sweep.py, reproduce.py and real.py.
 """
+import argparse
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
@@ -24,6 +25,7 @@ import torch
 from ..engine import system
 from ..engine.passes import round_stream
 from ..files import jsons
+from ..training.folder import locked
 
 RECORD = "measured.jsonl"  # in docs/results: every number behind its pages
 
@@ -43,9 +45,16 @@ def data_file(file, rows):
     """`file` with these records, one a line; written, as a whole, unless it is there."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with jsons.written_aside(file) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        jsons.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def seeds(text):
+    """"0,1,2" -> [0, 1, 2], for argparse."""
+    found = text.split(",")
+    if not all(map(str.isdecimal, found)) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} should be different whole numbers, like 0,1,2")
+    return [int(seed) for seed in found]
 
 
 def as_flags(setting):
@@ -59,13 +68,14 @@ def trained(flags, folder):
     the residual stream is rounded to."""
     run, mark = folder / "run", folder / "trained"
     if not mark.is_file():
-        how = ["--resume", str(run)]
-        if not any((run / "checkpoints").glob("step-*")):
-            shutil.rmtree(run, ignore_errors=True)
-            own = {name: value for name, value in flags.items() if name != "stream"}
-            how = [*as_flags(own), "--out", str(run)]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "a") as text, contextlib.redirect_stdout(text):
+        with locked(folder), open(folder / "log.txt", "a") as text, \
+                contextlib.redirect_stdout(text):
+            how = ["--resume", str(run)]
+            if not any((run / "checkpoints").glob("step-*")):
+                shutil.rmtree(run, ignore_errors=True)
+                own = {name: value for name, value in flags.items() if name != "stream"}
+                how = [*as_flags(own), "--out", str(run)]
             script = train_script()
             if "stream" in flags:
                 script.load = rounding(script.load, system.DTYPES[flags["stream"]])
@@ -113,8 +123,16 @@ def recorded(record):
     """{(run, measure): {"numbers", "seconds"}} of a record's lines; none without a file."""
     if record is None or not record.is_file():
         return {}
-    return {(row.pop("run"), row.pop("measure")): {"machine": "an unnamed machine"} | row
-            for _, row in jsons.read_records(record)}
+    found = {}
+    for where, row in jsons.read_records(record):
+        own = [row.get(name) for name in ("run", "measure", "numbers", "seconds")]
+        good = all(map(isinstance, own, (str, str, dict, (int, float))))
+        if not good or not all(isinstance(x, (int, float)) for x in own[2].values()):
+            raise ValueError(f"{where}: a line of the record has a run, a measure, numbers and "
+                             "seconds")
+        found[own[0], own[1]] = {"numbers": own[2], "seconds": own[3],
+                                 "machine": row.get("machine", "an unnamed machine")}
+    return found
 
 
 def missing(todo, record):

@@ -60,6 +60,10 @@ def parts(name, s):
         tokenizer = load_tokenizer(s.model)
         rows = split(name, s.files, lambda row: len(data.encode_example(
             tokenizer, data.as_example(row))[0]) <= MAX_LEN)
+        if len(rows["train"]) < EXAMPLES or not rows["held-out"]:
+            raise ValueError(f"{s.files}, {name}: {EXAMPLES + VALIDATION} examples of at most "
+                             f"{MAX_LEN} tokens are needed, and some held out; there are "
+                             f"{len(rows['train']) + len(rows['validation'])}")
         for part, file in files.items():
             jobs.data_file(file, rows[part])
     return files
@@ -154,11 +158,12 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
-    p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
+    p.add_argument("--seeds", type=jobs.seeds,
                    default="0,1,2", help="training seeds")
     p.add_argument("--recorded", action="store_true",
                    help=f"run nothing: a page of what {jobs.RECORD} has")
     s = p.parse_args(argv)
+    system.check_positive(s, ("jobs", "threads"))
     record = s.out / jobs.RECORD
     # one model's runs and data do not stand for another's
     s.runs = s.runs / Path(s.model).resolve().name
@@ -191,7 +196,7 @@ def main(argv=None):
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,
                        {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,
                        command)
-    (s.out / f"real_{s.name}.md").write_text(text)
+    jsons.write_text(s.out / f"real_{s.name}.md", text)
     print(text)
     return text
 

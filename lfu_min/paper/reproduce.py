@@ -147,10 +147,11 @@ def main(argv=None):
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where runs are kept")
     p.add_argument("--out", type=Path, default=OUT, help="where NAME.md and NAME.png are written")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
-    p.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")],
+    p.add_argument("--seeds", type=jobs.seeds,
                    default=argparse.SUPPRESS, help="training seeds (default: the experiment's own)")
     s = p.parse_args(argv)
     s.seeds = getattr(s, "seeds", None)
+    system.check_positive(s, ("jobs",))
     every = {"tune": tune, "rule": rule, "table2": None} | {
         name: partial(page, name) for name in experiments.EXPERIMENTS}
     shows = {name: one.shows for name, one in experiments.EXPERIMENTS.items()} | {
@@ -176,7 +177,7 @@ def main(argv=None):
     for name in s.names:
         started = time.time()
         texts[name] = every[name](s)
-        (s.out / f"{name}.md").write_text(texts[name])
+        jsons.write_text(s.out / f"{name}.md", texts[name])
         print(f"{texts[name]}\nwrote {s.out / name}.md  "
               f"({system.duration(time.time() - started)})", flush=True)
     return texts

@@ -37,8 +37,12 @@ def parse_grid(words):
         name, equals, values = word.partition("=")
         if not equals or not name or not all(values.split(",")):
             raise ValueError(f"{word!r}: write a flag and its values, like lr=1e-3,2e-3")
-        if name in ("model", "data", "template", "out"):
-            raise ValueError(f"{word!r}: a sweep is of the bundled world, {name} cannot vary")
+        if name in ("model", "data", "template", "out", "resume", "verify", "help"):
+            raise ValueError(f"{word!r}: a sweep is of new runs on the bundled world, {name} has no"
+                             " part in it")
+        if name in grid:
+            raise ValueError(f"{word!r}: {name} stands there twice; write {name}="
+                             f"{','.join([*grid[name], values])}")
         grid[name] = values.split(",")
     settings = [dict(zip(grid, values)) for values in product(*grid.values())]
     for setting in settings:
@@ -97,6 +101,7 @@ def main(argv=None):
                    help="runs at one time, each in a process of its own")
     p.add_argument("--json", help="write the table's numbers here")
     s = p.parse_args(argv)
+    system.check_positive(s, ("jobs",))
     if s.json:
         jsons.check_output("--json", s.json)
     train_script()

@@ -102,9 +102,18 @@ def noise_similarity(model, rows, strength=5.0, seed=0):
     return torch.stack(curves).cpu()  # (examples, L+1)
 
 
+def check_lengths(model, rows, what):
+    """Raise ValueError where one of the rows of ids has more tokens than the model positions."""
+    longest, positions = max(map(len, rows), default=0), model.config.max_position_embeddings
+    if longest > positions:
+        raise ValueError(f"{what}: an example has {longest} tokens, the model {positions} "
+                         "positions")
+
+
 def noise(model, tokenizer, options, examples, strength=5.0, seed=0):
     """noise_similarity on questions with their answers: (results, one a layer, {"noise": rows})."""
     ids = [data.encode_example(tokenizer, example, options.template)[0] for example in examples]
+    check_lengths(model, ids, "--noise-data")
     curves = noise_similarity(model, ids, strength, seed)
     rows = [dict(prompt=e.prompt, cosine=curve.tolist()) for e, curve in zip(examples, curves)]
     return cosines(curves.T.tolist()), {"noise": rows}
@@ -202,6 +211,7 @@ def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1
     params = [p for p in attacked.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     encoded = [data.encode_example(tokenizer, e, options.template) for e in train]
+    check_lengths(model, [ids for ids, _ in encoded], "--attack-data")
     prompts = [data.prompt_ids(tokenizer, e.prompt, options.template) for e, _ in requests]
     results, examples = [], {}
     for step in range(max(at) + 1):

@@ -81,6 +81,7 @@ def main(argv=None):
     s = p.parse_args(argv)
     if not s.out.endswith(".json"):
         raise ValueError(f"--out {s.out} should be a .json file")
+    jsons.check_output("--out", s.out)
     examples, tokenizer = data.read_examples(s.data, questions=True), load_tokenizer(s.model)
     device = system.pick_device(s.device)
     model = load_model(s.model, device, system.pick_dtype("auto", device)[1])

@@ -106,6 +106,7 @@ def the_run(p):
 def get_settings(argv=None):
     """The settings in argv (None: the command line), defaults filled in. Raises ValueError."""
     s = parser().parse_args(argv)
+    system.check_not_empty(s)
     if s.verify:
         return s
     if s.resume:
