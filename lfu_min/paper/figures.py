@@ -5,6 +5,7 @@ import numpy as np
 from ..scoring.drawing import (ANY, NARROW, PERCENT, WIDE, Line, curves, cut, faint, finish, groups,
                                look, picture, ticks, whiskered, write_beside, zero_is_sft)
 from ..scoring.measures import mean_sd
+from .measures import WORDINGS
 from .report import interval
 
 STYLE = {"NEFTune": "neftune", "GEM": "gem", "IM": "prompt", "SDFT": "sdft", "SAM": "sam",
@@ -104,7 +105,7 @@ def attack(path, by):
 def wordings(path, by):
     """Right answers in each wording; a group a wording."""
     drawn = looks(by)
-    columns = [c for c in next(iter(by.values()))[0] if "wordings" not in c]
+    columns = list(WORDINGS)
     with picture(path, [WIDE]) as (fig, [axis]):
         groups(axis, [line(style, range(len(columns)), [(by[name], c) for c in columns])
                       for name, style in drawn.items()], columns, PERCENT)
