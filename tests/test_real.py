@@ -154,7 +154,8 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     record.write_text("".join(line + "\n" for line in every.splitlines()
                               if "aux=lora" not in line or "seed=1" not in line))
     less = real.main(settings(files, "--recorded"))
-    assert "Not run yet: LfU-lora with seed 1." in less and "--files data --seeds 0,1 --recorded\n" in less
+    assert "Not run yet: LfU-lora with seed 1." in less
+    assert "--files data --seeds 0,1 --recorded\n" in less
     assert "| LfU-lora |" in less
     record.write_text(every)
     other = files / "other"
