@@ -120,14 +120,16 @@ def worked(*job):
 
 
 def recorded(record):
-    """{(run, measure): {"numbers", "seconds"}} of a record's lines; none without a file."""
+    """{(run, measure): {"numbers", "seconds", "machine"}} of a record's lines; none without a
+    file."""
     if record is None or not record.is_file():
         return {}
     found = {}
     for where, row in jsons.read_records(record):
         own = [row.get(name) for name in ("run", "measure", "numbers", "seconds")]
         good = all(map(isinstance, own, (str, str, dict, (int, float))))
-        if not good or not all(isinstance(x, (int, float)) for x in own[2].values()):
+        if not good or not all(isinstance(x, (int, float, type(None)))
+                               for x in own[2].values()):
             raise ValueError(f"{where}: a line of the record has a run, a measure, numbers and "
                              "seconds")
         found[own[0], own[1]] = {"numbers": own[2], "seconds": own[3],
@@ -169,13 +171,11 @@ def announce(todo, record, jobs):
 
 def all_measured(todo, jobs, threads=1, record=None):
     """{key: {column: number}} of {key: (flags, folder, measures)}, `jobs` at one time, each in a
-    process of its own; a line a new result on the standard error. One more column, machine, says
-    what it was measured on.
+    process of its own; a line a new result on the standard error. What is not finite has no number.
 
     record: a file of lines {"run", "measure", "numbers", "seconds", "machine"}, run being the
-    folder's name.
-    What stands in it is not measured again, what is new is added: unlike the folders it can be
-    committed.
+    folder's name. What stands in it is not measured again, what is new is added: unlike the folders
+    it can be committed.
     """
     known, left, started = recorded(record), missing(todo, record), time.time()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -196,9 +196,17 @@ def all_measured(todo, jobs, threads=1, record=None):
             for process in multiprocessing.active_children():
                 process.terminate()  # runs save a checkpoint first
             raise
-    return {key: {column: number for measure in own for row in [known[folder.name, measure]]
-                  for column, number in (row["numbers"] | {"machine": row["machine"]}).items()}
+    return {key: {column: number for measure in own
+                  for column, number in known[folder.name, measure]["numbers"].items()
+                  if number is not None}
             for key, (_, folder, own) in todo.items()}
+
+
+def machines(todo, record):
+    """The machines that the record names for {key: (flags, folder, measures)}, each once."""
+    known = recorded(record)
+    return sorted({known[folder.name, measure]["machine"] for _, folder, own in todo.values()
+                   for measure in own if (folder.name, measure) in known})
 
 
 def note(record, **line):

@@ -158,8 +158,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
-    p.add_argument("--seeds", type=jobs.seeds,
-                   default="0,1,2", help="training seeds")
+    p.add_argument("--seeds", type=jobs.seeds, default="0,1,2", help="training seeds")
     p.add_argument("--recorded", action="store_true",
                    help=f"run nothing: a page of what {jobs.RECORD} has")
     s = p.parse_args(argv)
@@ -190,12 +189,12 @@ def main(argv=None):
             if (row, seed) not in done)
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
-    if s.seeds != [0, 1, 2]:
+    if s.seeds != jobs.seeds(p.get_default("seeds")):
         command += f" --seeds {','.join(map(str, s.seeds))}"
     command += " --recorded" if s.recorded else ""
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,
                        {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,
-                       command)
+                       command, jobs.machines(done, record))
     jsons.write_text(s.out / f"real_{s.name}.md", text)
     print(text)
     return text

@@ -89,11 +89,6 @@ def command(line, machines):
     return ["", "```bash", line, "```", "", "Measured on " + "; and on ".join(machines) + "."]
 
 
-def machines(by):
-    """What the numbers of {key: [{column: number}]} were measured on, of which each has a name."""
-    return sorted({found["machine"] for rows in by.values() for found in rows if found})
-
-
 def reference(row, by, other="SFT"):
     """The row that `row` is compared with, seed by seed: the other method's with the same words
     behind the name, else the one without words; None for SFT, the base, and a row itself."""
@@ -128,7 +123,7 @@ def cell(found, column):
     return f"{m:.{digits(column)}f}" + (f" ± {sd:.{digits(column)}f}" if n > 1 else "")
 
 
-def page(name, experiment, by, seeds, settings, figure, line):
+def page(name, experiment, by, seeds, settings, figure, line, machines):
     """A page of docs/results: the command `line`, mean and standard deviation over seeds, and the
     paired differences to SFT with their 95 % intervals; * where an interval leaves out zero.
     settings: {row: flags of train.py}."""
@@ -144,7 +139,7 @@ def page(name, experiment, by, seeds, settings, figure, line):
             cells.append(difference(both, digits(column)) if both else "-")
         differences.append(cells)
     title, _, more = experiment.shows.partition(". ")
-    lines = [f"# {name}: {title}", *["", f"{more}."] * bool(more), *command(line, machines(by)),
+    lines = [f"# {name}: {title}", *["", f"{more}."] * bool(more), *command(line, machines),
              "", f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. What "
              "the columns are: [words](../results.md#words).", "",
              table(["", *experiment.columns], means), "",

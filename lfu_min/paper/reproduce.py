@@ -71,7 +71,8 @@ def job(setting, seed, names, folder):
 
 
 def run(experiment, s):
-    """{row's name: [{column: number}, one a seed]} of an experiment, seed after seed."""
+    """({row's name: [{column: number}, one a seed]}, the machines they are from) of an
+    experiment."""
     rows, seeds = experiment.rows(tuned()), s.seeds or experiment.seeds
     base = {"base": job(None, 0, experiment.measures, s.runs)} if experiment.base else {}
     todo = base | {(name, seed): job(setting, seed, experiment.measures, s.runs)
@@ -80,7 +81,8 @@ def run(experiment, s):
     jobs.announce(todo, record, s.jobs)
     found = jobs.all_measured(todo, s.jobs, record=record)
     by = {"base": [found["base"]]} if base else {}
-    return by | {name: [found[name, seed] for seed in seeds] for name in rows}
+    by |= {name: [found[name, seed] for seed in seeds] for name in rows}
+    return by, jobs.machines(todo, record)
 
 
 def tuned():
@@ -94,7 +96,7 @@ def tune(s):
             for i, setting in enumerate(grid.settings(method))}
     experiment = experiments.Experiment("", lambda _: rows, ("scores_validation",), (),
                                         seeds=grid.TUNING_SEEDS, base=False)
-    by = run(experiment, s)
+    by, machines = run(experiment, s)
     found = {method: [] for method in grid.METHODS}
     for (method, i), setting in rows.items():
         x, y = (report.mean([row[column] for row in by[method, i]])
@@ -102,7 +104,7 @@ def tune(s):
         found[method].append((setting, x, y))
     chosen = grid.choose(found)
     jsons.write_json(TUNED, chosen)
-    return report.tuning(found, chosen, report.machines(by))
+    return report.tuning(found, chosen, machines)
 
 
 def rule(s):
@@ -112,7 +114,7 @@ def rule(s):
             for i, setting in enumerate(grid.settings(method))}
     experiment = experiments.Experiment("", lambda _: rows, ("scores_validation", "log_validation"),
                                         (), seeds=grid.TUNING_SEEDS, base=False)
-    by, found = run(experiment, s), {}
+    (by, machines), found = run(experiment, s), {}
     for (method, i), setting in rows.items():
         found.setdefault(method, {}).setdefault(setting["alpha"], []).append(by[method, i])
     lines, target = [], None
@@ -131,7 +133,7 @@ def rule(s):
             note = ["largest"] * (alpha == best) + ["predicted"] * (alpha == predicted)
             lines.append([method, alpha, f"{100 * moved[alpha]:.2f}", *watched,
                           f"{areas[alpha]:.3f}", ", ".join(note)])
-    return report.alphas(lines, target, report.machines(by))
+    return report.alphas(lines, target, machines)
 
 
 def mean_of(found, column):
@@ -148,9 +150,8 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=OUT, help="where NAME.md and NAME.png are written")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
     p.add_argument("--seeds", type=jobs.seeds,
-                   default=argparse.SUPPRESS, help="training seeds (default: the experiment's own)")
+                   help="training seeds; %(default)s: those of the experiment")
     s = p.parse_args(argv)
-    s.seeds = getattr(s, "seeds", None)
     system.check_positive(s, ("jobs",))
     every = {"tune": tune, "rule": rule, "table2": None} | {
         name: partial(page, name) for name in experiments.EXPERIMENTS}
@@ -188,7 +189,7 @@ def page(name, s):
     experiment = experiments.EXPERIMENTS[name]
     if not tuned():
         raise ValueError("tuned.json is missing: reproduce tune comes first")
-    by = run(experiment, s)
+    by, machines = run(experiment, s)
     figure = None
     if experiment.figure:
         figure = s.out / f"{name}.png"
@@ -196,7 +197,7 @@ def page(name, s):
     seeds = f" --seeds {','.join(map(str, s.seeds))}" if s.seeds else ""
     return report.page(name, experiment, by, s.seeds or experiment.seeds,
                        experiment.rows(tuned()), figure,
-                       f"python -m lfu_min.paper.reproduce {name}{seeds}")
+                       f"python -m lfu_min.paper.reproduce {name}{seeds}", machines)
 
 
 if __name__ == "__main__":
