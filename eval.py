@@ -123,9 +123,9 @@ def checked(s):
             raise ValueError(f"--json {s.json} is there and no result of eval.py; name another "
                              "file")
     if s.plot:
-        pictures.check(s.plot)
         if s.json and Path(s.json).resolve() == Path(s.plot).with_suffix(".pdf").resolve():
             raise ValueError(f"--json {s.json} is where --plot writes its PDF; name another file")
+        pictures.check(s.plot)
     return s
 
 
