@@ -3,9 +3,11 @@ those of eval.py's tasks. On the bundled model and a few lines of made-up files;
 in docs/results."""
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 import torch
 
 from lfu_min.bundled import BUNDLED
@@ -162,11 +164,28 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     other.symlink_to(BUNDLED)  # the same model by another name is the same
     assert real.main([str(other) if a == str(BUNDLED) else a for a in settings(files)]) == (
         text.replace("--model bundled", "--model other"))
-    assert [p.name for p in (files / "runs").iterdir()] == ["bundled"]
+    assert [p.name for p in (files / "runs").iterdir()] == [real.identity(BUNDLED, files)]
 
 
-def test_a_missing_file_is_one_line(files):
-    (files / "gsm8k_train.jsonl").unlink()
-    with pytest.raises(ValueError, match="gsm8k_train.jsonl"):
+def test_another_model_or_other_files_of_the_same_names_are_other_runs(s, files):
+    own = {real.identity(BUNDLED, files)}
+    model = files / "bundled"
+    shutil.copytree(BUNDLED, model, ignore=shutil.ignore_patterns("data", "*.py"))
+    assert {real.identity(model, files)} == own, "a copy is the same model"
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    own.add(real.identity(model, files))
+    for name in real.FILES:
+        with open(files / name, "a") as file:
+            file.write(" ")
+        own.add(real.identity(BUNDLED, files))
+    assert len(own) == 2 + len(real.FILES) and all(name.startswith("bundled-") for name in own)
+
+
+@pytest.mark.parametrize("name", real.FILES)
+def test_a_missing_file_is_one_line(files, name):
+    (files / name).unlink()
+    with pytest.raises(ValueError, match=name):
         real.main(settings(files))
-    assert not (files / "out").exists()
+    assert not (files / "out").exists() and not (files / "runs").exists()

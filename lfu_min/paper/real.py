@@ -8,22 +8,25 @@ SFT with a seed of its own chooses one of six learning rates for all methods: th
 on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted call goes on
 where it stopped when it is given again.
 
-Files, in --files: gsm8k_train.jsonl, gsm8k_test.jsonl, dolly_3k.json, piqa_valid.jsonl,
-piqa_valid_labels.lst, wikipedia_30.txt (another model or selection takes the same names).
+--files has all of FILES, under these names.
 """
 import argparse
 from functools import partial
+import hashlib
+import json
 from pathlib import Path
 import random
 
 from ..engine import system
-from ..files import data, jsons
+from ..files import data, hashes, jsons
 from ..files.tokenizer import load_tokenizer
 from ..scoring import tasks
 from ..scoring.measures import mean_result
 from . import jobs, measures, report
 from .experiments import Experiment
 
+FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "dolly_3k.json", "piqa_valid.jsonl",
+         "piqa_valid_labels.lst", "wikipedia_30.txt")
 EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen once
 VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
@@ -35,6 +38,14 @@ COLUMNS = ("learned nll", "right", "piqa acc", "piqa margin", "wikipedia bits", 
            "consistency_share", "gradient_cosine", "first movement")
 NAMES = {"gsm8k": "200 GSM8K problems; the other set is Dolly",
          "dolly": "200 instructions of Dolly; the other set is GSM8K"}
+
+
+def identity(model, files):
+    """"name-1a2b3c4d" of a model and its data: the model's folder, and what all the files hold.
+    ValueError where one is missing."""
+    found = [hashes.model_hashes(model), {name: hashes.file_hash(files / name) for name in FILES}]
+    digits = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{Path(model).resolve().name}-{digits}"
 
 
 def split(name, files, fits):
@@ -117,14 +128,13 @@ def job(setting, seed, name, s):
                    } | measure
     if seed == s.seeds[0]:
         measure["solved"] = partial(solved, model=s.model, files=s.files)
-    model = Path(s.model).resolve().name
     if setting is None:
-        return None, s.runs / f"{model} {name} base", measure
+        return None, s.runs / f"{s.runs.name} {name} base", measure
     chosen = random.Random(seed).sample(
         [row for _, row in jsons.read_records(own["train"])], EXAMPLES)
     file = jobs.data_file(s.runs / "data" / f"{name}-{seed}.jsonl", chosen)
     words = {"examples": EXAMPLES, "batch-size": BATCH} | setting | {"seed": seed}
-    folder = " ".join([model, name, *(f"{k}={v}" for k, v in words.items())])
+    folder = " ".join([s.runs.name, name, *(f"{k}={v}" for k, v in words.items())])
     return ({"model": s.model, "data": file, "epochs": 1, "batch-size": BATCH, "accumulate": 1,
              "max-len": MAX_LEN, "save-every": 10, "seed": seed} | setting,
             s.runs / folder, measure | {"log": measures.log})
@@ -164,8 +174,7 @@ def main(argv=None):
     s = p.parse_args(argv)
     system.check_positive(s, ("jobs", "threads"))
     record = s.out / jobs.RECORD
-    # one model's runs and data do not stand for another's
-    s.runs = s.runs / Path(s.model).resolve().name
+    s.runs = s.runs / identity(s.model, s.files)  # another model, or other files, are other runs
     best = choose(s.name, s, record)
     todo = {("base", None): job(None, s.seeds[0], s.name, s)} | {
         (row, seed): job(setting | {"lr": best}, seed, s.name, s) for seed in s.seeds
