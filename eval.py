@@ -229,6 +229,8 @@ def main(argv=None):
     columns = models.by_seed(runs) if s.over_seeds else {run.name: [run] for run in runs}
     templates = models.templates(runs, s.template)
     config = load_config(base)
+    for line in models.other_base(base, runs) if s.model else ():
+        print(line)
     tokenizer, bundled = load_tokenizer(base), Path(base).resolve() == BUNDLED
     check_fit(tokenizer, config, base)
     s.max_new_tokens = s.max_new_tokens or (80 if bundled else 256)

@@ -298,6 +298,9 @@ def test_broken_folders_are_refused_with_one_clear_line(tmp_path):
     assert "neither model.safetensors nor model.safetensors.index.json" in message()
     (folder / "model.safetensors").write_bytes(b"not safetensors at all")
     assert "model.safetensors cannot be read as safetensors" in message()
+    (folder / "model.safetensors").write_text(  # what a clone without Git LFS has
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2690\n")
+    assert "model.safetensors is a pointer of Git LFS" in message()
     write_folder(folder, tiny_tensors())
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:len(data) // 2])  # an interrupted download

@@ -19,7 +19,7 @@ import pytest
 
 from lfu_min.bundled import BUNDLED
 from lfu_min.engine.system import ROOT
-from lfu_min.files import jsons
+from lfu_min.files import hashes, jsons
 from lfu_min.scoring import categories, runs as models, tables, tasks
 from lfu_min.scoring.measures import Result
 from lfu_min.scoring.runs import Run
@@ -457,6 +457,21 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(tmp_
         monkeypatch.setattr(jsons.os, "access", lambda path, mode: path != closed)
         with pytest.raises(ValueError, match="out.json cannot be written"):
             script.main(["--json", str(tmp_path / "out.json")])
+
+
+def test_another_base_than_the_runs_own_is_told(run, tmp_path, capsys):
+    run = a_run_like(run, tmp_path / "trained", model_sha256=hashes.model_hashes(BUNDLED))
+    base = tmp_path / "base"
+    shutil.copytree(BUNDLED, base, ignore=shutil.ignore_patterns("data", "*.py"))
+    flags = [str(run), "--model", str(base), "--task", f"nll={PROBLEMS}", "--limit", "1"]
+    script.main(flags)
+    assert "note:" not in capsys.readouterr().out, "a copy is the same model"
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    script.main(flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert said == [f"note: {run} was trained from other files than {base}'s: model.safetensors "
+                    "has changed"]
 
 
 def test_runs_of_different_models_are_not_mixed(run, tmp_path):

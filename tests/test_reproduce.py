@@ -361,7 +361,10 @@ class InThisProcess:
 
     def submit(self, function, *arguments):
         future = Future()
-        future.set_result(function(*arguments))
+        try:
+            future.set_result(function(*arguments))
+        except ValueError as error:
+            future.set_exception(error)
         return future
 
 
@@ -392,6 +395,24 @@ def test_what_is_recorded_is_not_run_again(tmp_path, script, monkeypatch):
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 1 min 30 s"
     more["third"][2]["never seen"] = None  # as long as others take
     assert jobs.estimate(jobs.missing(more, record), record, 2) == "about 2 min 15 s"
+
+
+def diverges(run):
+    raise ValueError("step 3: the loss is not finite")
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
+    record = tmp_path / "measured.jsonl"
+    todo = {name: (None, tmp_path / name, {"m": measure}) for name, measure in (
+        ("a", lambda run: {"x": 1.0}), ("b", diverges), ("c", lambda run: {"x": 3.0}))}
+    with pytest.raises(ValueError, match="1 of 3 runs failed, the others are kept; b: step 3: the"):
+        jobs.all_measured(todo, 1, record=record)
+    assert sorted(run for run, _ in jobs.recorded(record)) == ["a", "c"]
+    assert [line.split()[1:3] for line in capsys.readouterr().err.splitlines()
+            if "FAILED" in line] == [["b", "FAILED"]]
+    del todo["b"]
+    assert jobs.all_measured(todo, 1, record=record) == {"a": {"x": 1.0}, "c": {"x": 3.0}}
 
 
 @pytest.mark.parametrize("change", [{"run": None}, {"run": ["a"]}, {"seconds": "3"},

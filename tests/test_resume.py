@@ -492,9 +492,12 @@ def stopped(tmp_path, halted):
 
 
 def refused(out, named, *more):
+    record = out / "settings.json"
+    before = record.read_bytes() if record.is_file() else None
     with pytest.raises(ValueError, match=named) as error:
         resume(out, *more)
     assert "\n" not in str(error.value)
+    assert before is None or record.read_bytes() == before, "nothing is recorded"
 
 
 @pytest.mark.parametrize("more", [

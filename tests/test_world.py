@@ -293,6 +293,42 @@ def test_a_slip_in_a_flag_is_one_line():
         world.main(["--stepz", "3"])
 
 
+def test_a_missing_tokenizer_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="no/tokenizer.json cannot be read"):
+        world.main(["--tokenizer", "no", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_other_run_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "train_step", lambda *args: 1.0)
+    monkeypatch.setattr(pretrain, "export", lambda *args: None)
+    monkeypatch.setattr(world, "scores", lambda *args: {})
+    monkeypatch.setattr(world, "load_model", lambda *args, **kwargs: None)
+    file = tmp_path / "checkpoint.pt"
+
+    def run(**more):
+        flags = {"steps": 2, "seed": 3} | more
+        world.main(["--out", str(tmp_path), *(part for name, value in flags.items()
+                                              for part in (f"--{name}", str(value)))])
+    run()
+    whole = file.read_bytes()
+    for more in ({"seed": 4}, {"steps": 3}, {"lr": 1e-3}):
+        name, value = *more, *more.values()
+        with pytest.raises(ValueError, match=f"checkpoint.pt is of a run with .*'{name}': {value}"):
+            run(**more)
+    state = torch.load(file, weights_only=True)
+    for damaged in ({}, {"run": state["run"], "model": {}}, [1], {**state, "optimizer": {}}):
+        torch.save(damaged, file)
+        with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+            run()
+    for part in (b"", b"no checkpoint", whole[:len(whole) // 2]):
+        file.write_bytes(part)
+        with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+            run()
+    file.write_bytes(whole)
+    run()
+
+
 @pytest.mark.slow
 def test_an_interrupted_pretraining_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     step, taken = pretrain.train_step, []

@@ -44,6 +44,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be load
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
+LFS = b"version https://git-lfs"  # what a clone without Git LFS has in a large file's place
 LAYERS = 4096  # at most: each takes memory and time before it has weights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -220,6 +221,10 @@ def open_weights(file):
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
+        with open(file, "rb") as start:
+            if start.read(len(LFS)) == LFS:
+                raise ValueError(f"{file} is a pointer of Git LFS, not the weights themselves: "
+                                 "`git lfs pull` in that folder fetches them") from None
         raise ValueError(f"{file} cannot be read as safetensors: "
                          f"{shown(str(error), 200)}") from None
 

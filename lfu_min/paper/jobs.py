@@ -176,18 +176,26 @@ def all_measured(todo, jobs, threads=1, record=None):
     record: a file of lines {"run", "measure", "numbers", "seconds", "machine"}, run being the
     folder's name. What stands in it is not measured again, what is new is added: unlike the folders
     it can be committed.
+
+    Raises ValueError where a run does, one that diverges for instance, once the others are done.
     """
     known, left, started = recorded(record), missing(todo, record), time.time()
+    failed = {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(worked, *job, threads): run for run, job in left.items()}
         try:
             for i, job in enumerate(as_completed(pending), 1):
                 run = pending[job]
-                for measure, row in job.result().items():
+                try:
+                    found = job.result()
+                except ValueError as error:
+                    found, failed[run] = {}, error
+                for measure, row in found.items():
                     known[run, measure] = row | {"machine": system.machine()}
                     note(record, run=run, measure=measure, **known[run, measure])
                 eta = system.duration((time.time() - started) / i * (len(left) - i))
-                print(f"{i}/{len(left)}  {run}  ETA {eta}", file=sys.stderr, flush=True)
+                print(f"{i}/{len(left)}  {run}{'  FAILED' if run in failed else ''}  ETA {eta}",
+                      file=sys.stderr, flush=True)
         except BrokenProcessPool:
             raise ValueError("the process of a run was killed, perhaps for want of memory: give "
                              "the command again to go on, with --jobs 1 to need less")
@@ -196,6 +204,10 @@ def all_measured(todo, jobs, threads=1, record=None):
             for process in multiprocessing.active_children():
                 process.terminate()  # runs save a checkpoint first
             raise
+    if failed:
+        run, error = next(iter(failed.items()))
+        raise ValueError(f"{len(failed)} of {len(left)} runs failed, the others are kept; {run}: "
+                         f"{error}")
     return {key: {column: number for measure in own
                   for column, number in known[folder.name, measure]["numbers"].items()
                   if number is not None}

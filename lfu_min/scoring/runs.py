@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..bundled import BUNDLED, here
 from ..engine.system import spare_threads
+from ..files import hashes
 from ..files.adapter import load_adapter
 from ..files.checkpoint import load_model
 from ..files.data import TEMPLATES
@@ -73,6 +74,14 @@ def find_runs(names, model=None):
     return base or str(BUNDLED), [Run("base"), *found]
 
 
+def other_base(base, runs):
+    """A line for each run that was not trained from the model in the folder `base`, by the hashes
+    in its settings.json."""
+    return [f"note: {run.name} was trained from other files than {base}'s: {what[0][0]} "
+            f"{what[0][1]}" for run in runs
+            if (what := hashes.changed(run.settings.get("model_sha256") or {}, base))]
+
+
 def read_settings(file):
     """settings.json, where what is read of it here is what train.py writes."""
     settings = read_json(file)
@@ -81,6 +90,7 @@ def read_settings(file):
                        ("method", lambda x: isinstance(x, str)),
                        ("aux", lambda x: isinstance(x, str)),
                        ("seed", lambda x: isinstance(x, int)),
+                       ("model_sha256", lambda x: isinstance(x, dict)),
                        ("template", lambda x: x in TEMPLATES),
                        ("lam", lambda x: isinstance(x, (int, float)) and 0 <= x < 1e30
                         or x is None and other)):

@@ -52,8 +52,8 @@ class Checkpoints:
             self.load(path)
             done, self.scale.value = state["step"], state["token_scale"]
             self.scale.good = state["good_steps"]
+        log.read(self.s.resume, done)  # what is wrong there, all processes say
         if self.out is None:
-            log.read(self.s.resume, done)  # what is wrong there, all processes say
             return done + 1, 0.0
         folder.going_on(self.s, done, self.team.device)
         folder.remove_half_written(self.out / "checkpoints")

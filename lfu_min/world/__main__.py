@@ -7,6 +7,7 @@ its number.
 """
 import argparse
 from pathlib import Path
+from pickle import UnpicklingError
 import shutil
 import time
 
@@ -17,11 +18,12 @@ from ..bundled import BUNDLED, CATEGORIES
 from ..engine.system import Parser, check_positive, command_line
 from ..files.checkpoint import load_model, random_model
 from ..files.data import read_examples
-from ..files.jsons import read_records, written_aside
+from ..files.jsons import check_file, read_records, written_aside
 from ..files.tokenizer import load_tokenizer
 from ..model import LlamaConfig
 from ..scoring import tasks
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 OPTIONS = tasks.Options(max_new_tokens=48)
 
 
@@ -44,6 +46,8 @@ def parse_args(argv):
     parser.add_argument("--data-only", action="store_true", help="write the data files and stop")
     args = parser.parse_args(argv)
     check_positive(args, ("steps", "lr", "threads", "save_every"))
+    for name in TOKENIZER if args.tokenizer else ():
+        check_file(Path(args.tokenizer) / name)
     return args
 
 
@@ -53,7 +57,7 @@ def choose_tokenizer(source, folder):
         return
     if not source:
         return vocabulary.build_tokenizer(folder, pretrain.MODEL["vocab_size"])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copyfile(Path(source) / name, folder / name)
 
 
@@ -82,17 +86,26 @@ def save_checkpoint(file, model, optimizer, **at):
                    temporary)
 
 
-def load_checkpoint(file, model, optimizer):
+def load_checkpoint(file, model, optimizer, run):
     """Fill model and optimizer from the last checkpoint, if there is one -> where the run was.
+    ValueError if it cannot be read, or is of another run than the settings `run`.
 
     step: steps made; pool: pools of batches begun; left: batches that the last one has left;
     spent: seconds of training.
     """
     if not file.exists():
         return dict(step=0, pool=0, left=0, spent=0.0)
-    state = torch.load(file, weights_only=True)
-    model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
+    try:
+        state = torch.load(file, weights_only=True)
+        theirs = state.pop("run")
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except (RuntimeError, UnpicklingError, EOFError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged, or of an earlier version: remove it to begin anew"
+                         ) from None
+    if theirs != run:
+        raise ValueError(f"{file} is of a run with {theirs}, not {run}: give those again, or "
+                         "another --out")
     return state
 
 
@@ -100,7 +113,8 @@ def train(args, model, tokenizer, bundled, say):
     """The optimizer steps that are left, with validations, exports and checkpoints -> the seconds
     that all steps took."""
     checkpoint, optimizer = args.out / "checkpoint.pt", pretrain.make_optimizer(model)
-    at = load_checkpoint(checkpoint, model, optimizer)
+    run = {name: vars(args)[name] for name in ("steps", "lr", "seed")}
+    at = load_checkpoint(checkpoint, model, optimizer, run)
     first, pool, losses, begun = at["step"], at["pool"], [], time.time()
     waiting = []
     if first:
@@ -120,8 +134,8 @@ def train(args, model, tokenizer, bundled, say):
         if step % args.save_every == 0 or step == args.steps:
             pretrain.export(model, bundled)
             scores(model, tokenizer, bundled, "validation", say)
-            save_checkpoint(checkpoint, model, optimizer, step=step, pool=pool, left=len(waiting),
-                            spent=at["spent"] + time.time() - begun)
+            save_checkpoint(checkpoint, model, optimizer, run=run, step=step, pool=pool,
+                            left=len(waiting), spent=at["spent"] + time.time() - begun)
     return at["spent"] + time.time() - begun
 
 
