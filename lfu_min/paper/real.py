@@ -31,9 +31,9 @@ EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen o
 VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 TUNING_SEED = 100  # used for nothing else
-METHODS = {"SFT": {"aux": "none"}, "NEFTune": {"method": "neftune"}, "SAM": {"method": "sam"},
-           "LfU-lora": {"aux": "lora"}, "LfU-reps": {"aux": "reps"}, "LfU-inplace":
-           {"aux": "inplace"}}
+METHODS = {"SFT": {"aux": "none"}, "LfU-lora": {"aux": "lora"}, "LfU-reps": {"aux": "reps"},
+           "LfU-inplace": {"aux": "inplace"}, "NEFTune": {"method": "neftune"},
+           "SAM": {"method": "sam"}}  # in the order in which they are run
 COLUMNS = ("learned nll", "right", "piqa acc", "piqa margin", "wikipedia bits", "other nll",
            "consistency_share", "gradient_cosine", "first movement")
 NAMES = {"gsm8k": "200 GSM8K problems; the other set is Dolly",
@@ -177,8 +177,8 @@ def main(argv=None):
     s.runs = s.runs / identity(s.model, s.files)  # another model, or other files, are other runs
     best = choose(s.name, s, record)
     todo = {("base", None): job(None, s.seeds[0], s.name, s)} | {
-        (row, seed): job(setting | {"lr": best}, seed, s.name, s) for seed in s.seeds
-        for row, setting in METHODS.items()} | {
+        (row, seed): job(setting | {"lr": best}, seed, s.name, s)
+        for row, setting in METHODS.items() for seed in s.seeds} | {
         (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
     done = {key: one for key, one in todo.items()
             if not (s.recorded and jobs.missing({key: one}, record))}
