@@ -12,6 +12,7 @@ from .report import SAME_RATE, WATCH
 
 LEARNED, KEPT = "word problems", "category mean"
 SCORES = (LEARNED, KEPT, *CATEGORIES, "word problems nll", "others nll")
+TEN = range(10)  # seeds, where five leave a verdict within the interval
 SIZES = (16, 32, 64, 128, 256)
 # Alphas with which random moves take the states about as far as lora's 0.03 does along the
 # gradient, over the whole run and in the first step; and as its 0.1 does, over the run.
@@ -62,9 +63,11 @@ def same_rate(tuned):
     return tuned["SFT"]["best"] | {"lr": tuned["LfU-lora"]["best"]["lr"]}
 
 
-def all_at_best(tuned):
-    """Every method at its best setting, and SFT at LfU-lora's learning rate."""
-    return best()(tuned) | {SAME_RATE: same_rate(tuned)}
+def best_and_same_rate(*methods):
+    """The methods at their best settings, and SFT at LfU-lora's learning rate."""
+    def rows(tuned):
+        return best(*methods)(tuned) | {SAME_RATE: same_rate(tuned)}
+    return rows
 
 
 def ablation(tuned):
@@ -90,11 +93,11 @@ def direction(tuned):
 
 
 def aligned(*methods):
-    """The methods' best settings, on the examples that decline."""
+    """The same, trained on the examples that decline."""
     def rows(tuned):
-        return {method: tuned[method]["best"] | {"data": "decline_train", "examples": 180,
-                                                 "max-steps": 36, "batch-size": 16}
-                for method in methods}
+        return {name: setting | {"data": "decline_train", "examples": 180, "max-steps": 36,
+                                 "batch-size": 16}
+                for name, setting in best_and_same_rate(*methods)(tuned).items()}
     return rows
 
 
@@ -117,11 +120,12 @@ EXPERIMENTS = {
     "fig2": Experiment("the same of all methods, with the area under each frontier", frontier(),
                        ("scores_test",), (LEARNED, KEPT), figure=figures.tradeoff),
     "table1": Experiment("every method at its best setting: word problems and the four categories",
-                         all_at_best, ("scores_test",), SCORES, beside=("NEFTune", "SAM")),
-    "table3": Experiment("auxiliary components: scores, time of a step", best("SFT", *grid.LFU),
-                         ("scores_test", "log_test"), (LEARNED, KEPT, "ms a step", *WATCH)),
+                         best_and_same_rate(), ("scores_test",), SCORES, beside=("NEFTune", "SAM")),
+    "table3": Experiment("auxiliary components: scores, time of a step",
+                         best_and_same_rate("SFT", *grid.LFU), ("scores_test", "log_test"),
+                         (LEARNED, KEPT, "ms a step", *WATCH), seeds=TEN),
     "table4": Experiment("aligned to decline, then attacked: complied with (%), and the margin",
-                         aligned(*ALIGNED), ("attack_test",), ATTACK),
+                         aligned(*ALIGNED), ("attack_test",), ATTACK, seeds=TEN),
     "table5": Experiment("lambda, alpha and layers of LfU-lora around its best setting",
                          changed("LfU-lora", lam=("0.1", "1", "10"),
                                  alpha=("0.001", "0.01", "0.03", "0.1", "0.3", "0.5"),
@@ -131,11 +135,11 @@ EXPERIMENTS = {
                          best("SFT", "SAM", "L1", "L2", "logit KL", "LfU-lora"), ("scores_test",),
                          SCORES),
     "fig3": Experiment("the attack step by step", aligned("SFT", *grid.LFU), ("attack_test",),
-                       ("margin 5", "margin 20", "margin 60"), figure=figures.attack),
-    "fig5": Experiment("the word problems in six wordings, of which one was trained", best(*MAIN),
-                       ("wordings_test",), ("mean over wordings", "sd over wordings", "trained",
-                                            "tell", "what", "count", "short", "first"),
-                       figure=figures.wordings),
+                       ("margin 5", "margin 20", "margin 60"), seeds=TEN, figure=figures.attack),
+    "fig5": Experiment("the word problems in six wordings, of which one was trained",
+                       best_and_same_rate(*MAIN), ("wordings_test",),
+                       ("mean over wordings", "sd over wordings", "trained", "tell", "what",
+                        "count", "short", "first"), seeds=TEN, figure=figures.wordings),
     "fig6": Experiment("states under noisy embeddings, by layer", best(*MAIN), ("noise_test",),
                        tuple(f"layer {l}" for l in range(1, 7)), figure=figures.noise),
     "examples": Experiment("from 16 to 256 examples", sizes, ("scores_test",), (LEARNED, KEPT),
@@ -145,7 +149,7 @@ EXPERIMENTS = {
                            beside=("LfU-lora",)),
     "direction": Experiment("the ascent's direction, or any disturbance as large: ten seeds",
                             direction, ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH),
-                            seeds=range(10), base=False, beside=("LfU-lora",)),
+                            seeds=TEN, base=False, beside=("LfU-lora",)),
     "precision": Experiment("matrix products in half precision (slow on most CPUs)",
                             changed("LfU-lora", dtype=("fp16", "bf16")),
                             ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),
