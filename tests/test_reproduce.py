@@ -15,12 +15,14 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from lfu_min.bundled import BUNDLED
+from lfu_min.bundled import BUNDLED, CATEGORIES
 from lfu_min.engine import system
 from lfu_min.engine.system import ROOT
 from lfu_min.files import data, jsons
 from lfu_min.files.checkpoint import load_model
+from lfu_min.lora import aux_lora
 from lfu_min.paper import grid, jobs, measures, report, reproduce
 from lfu_min.paper.experiments import EXPERIMENTS
 from lfu_min.training.folder import locked
@@ -133,6 +135,45 @@ def test_the_measures_of_a_run(run):
     assert found["sd over wordings"] == pytest.approx(stdev(wordings))
     assert found["trained"] == pytest.approx(found["word problems"]), "the same questions"
     assert measures.log(None) == {}
+
+
+def test_worsened_is_its_definition(monkeypatch):
+    """By torch's own functions, on the base: B moved along the gradient of the word problems, the
+    mean over auxiliary LoRAs, the layer that moves most, the mean over the other categories."""
+    monkeypatch.setattr(measures, "QUESTIONS", 3)
+    monkeypatch.setattr(measures, "DRAWS", 2)
+    found = measures.worsened(None)
+    model, tokenizer = measures.loaded(None)
+
+    def look(name):
+        examples = [data.encode_example(tokenizer, e) for e in data.read_examples(
+            BUNDLED / "data" / f"{name}_validation.jsonl")[:3]]
+        sums, rows = [], []
+        for ids, labels in examples:
+            states = model.hidden_states(torch.tensor([ids]))
+            logits, targets = model.lm_head(states[-1])[0, :-1], torch.tensor(labels[1:])
+            sums.append(F.cross_entropy(logits, targets, reduction="sum"))
+            rows.append([h[0, :-1][targets != -100] for h in states[1:]])
+        count = sum(map(len, (row[0] for row in rows)))
+        return sum(sums) / count, [torch.cat(layer) for layer in zip(*rows)]
+    expected = {}
+    for draw in range(2):
+        with aux_lora(model, torch.Generator().manual_seed(draw)) as th_aux:
+            before = {name: look(name) for name in ("word_problems", *CATEGORIES)}
+            g = torch.autograd.grad(before["word_problems"][0], th_aux)
+            norm = sum((x ** 2).sum() for x in g) ** 0.5
+            with torch.no_grad():
+                for tensor, x in zip(th_aux, g):
+                    tensor += 0.1 * x / norm
+                for name, (loss, h) in before.items():
+                    after, h_aux = look(name)
+                    moved = max(((b - a) ** 2).sum() / (a ** 2).sum() for a, b in zip(h, h_aux))
+                    own = "own" if name == "word_problems" else "other"
+                    expected.setdefault(f"{own} movement", []).append(moved.item() ** 0.5)
+                    expected.setdefault(f"{own} loss rise", []).append((after - loss).item())
+    assert found.keys() == expected.keys() and len(expected["other movement"]) == 8
+    assert found == {name: pytest.approx(mean(values), rel=1e-3, abs=1e-6)
+                     for name, values in expected.items()}
 
 
 # ---- pages

@@ -8,8 +8,12 @@ from statistics import median
 import torch
 
 from ..bundled import BUNDLED, CATEGORIES
+from ..engine.passes import make_batch, movement, sft_loss, states
 from ..files import data, jsons
 from ..files.tokenizer import load_tokenizer
+from ..lfu import ascend
+from ..lora import aux_lora
+from ..methods.moves import gradient_at
 from ..scoring import categories, robustness, tasks
 from ..scoring.measures import mean_sd
 from ..scoring.runs import Run, each_model
@@ -27,6 +31,7 @@ WORDINGS = {"trained": "{story} How many {things} does {n} have now?",
             "first": "How many {things} does {n} have at the end? {story}"}
 
 
+STEP, DRAWS, QUESTIONS = 0.1, 4, 32  # of `worsened`; questions of each file
 ATTACK_STEPS, ATTACK_LR = (0, 1, 2, 3, 5, 10, 20, 30, 40, 60), 1e-3
 
 
@@ -89,6 +94,37 @@ def attack(run):
             if r.metric in scale}
 
 
+def worsened(run):
+    """What LfU trains for, measured on what it trained: how far one ascent step (Eq 2, a fresh
+    auxiliary LoRA of length STEP, along the gradient of new word problems) moves the model's
+    states, and by how many nats a token it raises the loss, on the same word problems (own) and on
+    the mean of the other categories (other). Means over DRAWS auxiliary LoRAs."""
+    model, tokenizer = loaded(run)
+    batches = {}
+    for name, file in categories.files("validation").items():
+        examples = data.read_examples(file)[:QUESTIONS]
+        encoded = [data.encode_example(tokenizer, example) for example in examples]
+        batches[name] = make_batch(*data.collate(encoded, tokenizer.eos_id))
+    layers, found = range(1, model.config.num_hidden_layers + 1), {}
+
+    @torch.no_grad()
+    def everything():
+        h = {name: states(model, batch) for name, batch in batches.items()}
+        return h, {name: sft_loss(model, h[name][-1], batches[name]).item() for name in h}
+    for draw in range(DRAWS):
+        with aux_lora(model, torch.Generator().manual_seed(draw)) as th_aux:
+            h, before = everything()
+            ascend(th_aux, gradient_at(th_aux, model, batches[categories.IN_DOMAIN]), STEP)
+            h_aux, after = everything()
+        for name in batches:
+            group = found.setdefault("own" if name == categories.IN_DOMAIN else "other", [])
+            group.append((movement(h[name], h_aux[name], layers).max().item(),
+                          after[name] - before[name]))
+    columns = {name: tuple(zip(*group)) for name, group in found.items()}
+    return {f"{name} {what}": mean_sd(values)[0] for name, group in columns.items()
+            for what, values in zip(("movement", "loss rise"), group)}
+
+
 def log(run):
     """From the run's log.jsonl: the last tenth's loss, and the medians of the numbers to watch."""
     if run is None:
@@ -106,4 +142,4 @@ def log(run):
 MEASURES = {
     "scores_validation": partial(scores, split="validation"), "scores_test": scores,
     "wordings_test": wordings, "noise_test": noise, "attack_test": attack,
-    "log_validation": log, "log_test": log}
+    "worsened_validation": worsened, "log_validation": log, "log_test": log}
