@@ -236,6 +236,7 @@ def test_a_row_is_compared_with_sft_on_its_own_examples():
     assert report.reference("LfU-lora n=32", by) == "SFT n=32"
     assert report.reference("SFT n=32", by) is None and report.reference("base", by) is None
     assert report.reference("alpha 0.3", {"SFT": []}) == "SFT"
+    assert report.reference("logit KL n=32", by) == "SFT n=32", "a name of two words"
     by = dict.fromkeys(("SFT n=16", "LfU-reps n=16", "same-rate-SFT n=16", "LfU-reps n=64"))
     assert report.pairs(by) == [
         ("LfU-reps n=16", "LfU-reps n=16", "SFT n=16"),

@@ -90,11 +90,12 @@ def command(line, machines):
 
 
 def reference(row, by, other="SFT"):
-    """The row that `row` is compared with, seed by seed: the other method's with the same words
-    behind the name, else the one without words; None for SFT, the base, and a row itself."""
+    """The row that `row` is compared with, seed by seed: the other method's with the same lr=...
+    (n=..., stream=...) behind its name, else the one without; None for SFT, the base, and a row
+    itself."""
     if row == "base" or row.startswith("SFT"):
         return None
-    same = " ".join([other, *row.split(" ")[1:]])
+    same = " ".join([other, *(word for word in row.split(" ") if "=" in word)])
     return next((name for name in (same, other) if name in by and name != row), None)
 
 
