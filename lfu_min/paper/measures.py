@@ -131,8 +131,7 @@ def log(run):
         return {}
     records = [record for _, record in jsons.read_records(run / "log.jsonl")]
     last = records[-max(1, len(records) // 10):]
-    found = {"train loss": mean_sd([r["sft"] for r in last])[0],
-             "ms a step": median(r["ms"] for r in records)}
+    found = {"train loss": mean_sd([r["sft"] for r in last])[0]}
     for name in ("consistency", "consistency_share", "gradient_cosine"):
         found[name] = median(r[name] for r in records if r[name] is not None)
     moved = [max(r["movement"]) for r in records if None not in r["movement"]]
