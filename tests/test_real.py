@@ -3,6 +3,7 @@ those of eval.py's tasks. On the bundled model and a few lines of made-up files;
 in docs/results."""
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -156,9 +157,16 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     record.write_text("".join(line + "\n" for line in every.splitlines()
                               if "aux=lora" not in line or "seed=1" not in line))
     less = real.main(settings(files, "--recorded"))
-    assert "Not run yet: LfU-lora with seed 1." in less
+    assert "Not run yet, or in part: LfU-lora with seed 1." in less
     assert "--files data --seeds 0,1 --recorded\n" in less
     assert "| LfU-lora |" in less
+    record.write_text("".join(line + "\n" for line in every.splitlines()
+                              if "aux=lora" not in line and '"scores"' not in line))
+    less = real.main(settings(files, "--recorded"))
+    assert ("Not run yet, or in part: base; SFT with seed 0, 1; LfU-lora with seed 0, 1; SFT at"
+            in less)
+    assert "LfU-lora |" not in less and "- LfU-lora" not in less
+    assert re.search(r"\| SFT at 5e-4, seed 100 \| \d\.\d{3} \| - \|", less), "what is known"
     record.write_text(every)
     other = files / "other"
     other.symlink_to(BUNDLED)  # the same model by another name is the same

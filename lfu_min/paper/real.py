@@ -180,29 +180,36 @@ def main(argv=None):
         (row, seed): job(setting | {"lr": best}, seed, s.name, s)
         for row, setting in METHODS.items() for seed in s.seeds} | {
         (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
-    done = {key: one for key, one in todo.items()
-            if not (s.recorded and jobs.missing({key: one}, record))}
+    known = jobs.recorded(record)
+    done = {key: (flags, folder, {measure: own[measure] for measure in own
+                                  if not s.recorded or (folder.name, measure) in known})
+            for key, (flags, folder, own) in todo.items()}
     jobs.announce(done, record, s.jobs)
     found, by = jobs.all_measured(done, s.jobs, s.threads, record), {}
     for row, seed in todo:
-        by.setdefault(row, []).append(found.get((row, seed), {}))
+        by.setdefault(row, []).append(found[row, seed])
     by = {row: numbers for row, numbers in by.items() if any(numbers)}
     shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen once, in "
              f"batches of {BATCH}; learning rate {best}. Measured on {HELD_OUT} held-out examples, "
              f"{CHOICES} questions of PIQA, {CHARACTERS:,} characters of Wikipedia, {OTHERS} "
              f"examples of the other set; right: of {SOLVED} problems, by the last number of the "
              "reply, with one seed")
-    if todo.keys() > done.keys():
-        shows += ". Not run yet: " + ", ".join(
-            row if seed is None else f"{row} with seed {seed}" for row, seed in todo
-            if (row, seed) not in done)
+    lacking = {}
+    for row, seed in todo:
+        if done[row, seed][2].keys() < todo[row, seed][2].keys():
+            lacking.setdefault(row, []).append(str(seed))
+    if lacking:
+        shows += ". Not run yet, or in part: " + "; ".join(
+            row if seeds == ["None"] else f"{row} with seed {', '.join(seeds)}"
+            for row, seeds in lacking.items())
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
     if s.seeds != jobs.seeds(p.get_default("seeds")):
         command += f" --seeds {','.join(map(str, s.seeds))}"
     command += " --recorded" if s.recorded else ""
     text = report.page(f"real_{s.name}", experiment, by, s.seeds,
-                       {row: setting | {"lr": best} for row, setting in METHODS.items()}, None,
+                       {row: setting | {"lr": best} for row, setting in METHODS.items()
+                        if row in by}, None,
                        command, jobs.machines(done, record))
     jsons.write_text(s.out / f"real_{s.name}.md", text)
     print(text)
