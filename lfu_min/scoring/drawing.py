@@ -58,7 +58,8 @@ def picture(path, widths, height=1.9):
                      layout="constrained")
         yield fig, list(fig.subplot_mosaic(rows).values())
         fig.savefig(path)
-        fig.savefig(Path(path).with_suffix(".pdf"))
+        # without the time: the same numbers are the same file
+        fig.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 class Line(NamedTuple):
