@@ -93,7 +93,7 @@ def direction(tuned):
 
 
 def aligned(*methods):
-    """The same, trained on the examples that decline."""
+    """best_and_same_rate(), trained on the examples that decline."""
     def rows(tuned):
         return {name: setting | {"data": "decline_train", "examples": 180, "max-steps": 36,
                                  "batch-size": 16}

@@ -117,12 +117,11 @@ def worsened(run):
             ascend(th_aux, gradient_at(th_aux, model, batches[categories.IN_DOMAIN]), STEP)
             h_aux, after = everything()
         for name in batches:
-            group = found.setdefault("own" if name == categories.IN_DOMAIN else "other", [])
-            group.append((movement(h[name], h_aux[name], layers).max().item(),
-                          after[name] - before[name]))
-    columns = {name: tuple(zip(*group)) for name, group in found.items()}
-    return {f"{name} {what}": mean_sd(values)[0] for name, group in columns.items()
-            for what, values in zip(("movement", "loss rise"), group)}
+            whose = "own" if name == categories.IN_DOMAIN else "other"
+            moved = movement(h[name], h_aux[name], layers).max().item()
+            found.setdefault(f"{whose} movement", []).append(moved)
+            found.setdefault(f"{whose} loss rise", []).append(after[name] - before[name])
+    return {column: mean_sd(values)[0] for column, values in found.items()}
 
 
 def log(run):

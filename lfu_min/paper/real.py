@@ -163,7 +163,7 @@ def main(argv=None):
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("name", choices=NAMES, help="what is learned")
     p.add_argument("--model", required=True, help="Hugging Face folder")
-    p.add_argument("--files", type=Path, required=True, help="folder of the data files")
+    p.add_argument("--files", type=Path, required=True, help=f"folder with {', '.join(FILES)}")
     p.add_argument("--runs", type=Path, default=Path("runs/real"), help="where runs are kept")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
