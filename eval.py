@@ -109,6 +109,8 @@ def checked(s):
         raise ValueError(f"--seed {s.seed!s:.40} should be a number from 0 to {2**60:.0e}")
     if s.few_shot < 0 or not 0 <= s.temperature < math.inf:
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
+    if s.few_shot_data and not s.few_shot:
+        raise ValueError("--few-shot-data has no part without --few-shot; leave it out")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"--top-p {s.top_p} should be above 0 and at most 1")
     if s.prompt or s.chat:
@@ -182,10 +184,10 @@ def read_tasks(s):
     chosen, levels = [], list(zip(*(names for *_, names in parts)))
     for kind, file, labels, names in parts:
         label = next(name for name, level in zip(names, levels) if level.count(name) == 1)
-        reader, _, default = tasks.KINDS[kind]
-        docs, shots = reader(file, labels or None), None
-        if s.few_shot and s.few_shot_data:
-            shots = reader(*s.few_shot_data.split(",", 1))
+        docs, shots = tasks.read(kind, file, labels), None
+        if s.few_shot_data:
+            shots = tasks.read(kind, *s.few_shot_data.split(",", 1))
+        default = tasks.KINDS[kind][2]
         count = min(len(docs), s.limit or default or len(docs))
         if s.limit is None and count < len(docs):
             print(f"{label}: the first {count} of {len(docs)} examples (--limit N for more)")

@@ -140,7 +140,7 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
         grad_norm = distributed.whole(norm).item()  # here a GPU is waited for
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, s.steps, s.lr, WARMUP)
 
-        record = log.summarise(results, s, plan, len(layers), team.device, step=step, lr=lr,
+        record = log.summarise(step, results, s, plan, len(layers), team.device, lr=lr,
                                epoch=step / s.per_epoch, grad_norm=grad_norm,
                                loss_scale=scale.value, target_tokens=plan.targets)
         if usable(record, scale, plan, results):  # no float16 overflow

@@ -21,9 +21,9 @@ In the library: scoring/tasks.py, KINDS; then `python eval.py --task yes-no=FILE
 from lfu_min.scoring.tasks import choice, choice_doc, read_records
 
 
-def read_yes_no(path, labels=None):
+def read_yes_no(path):
     """[Doc, ...] of a BoolQ file. ValueError, with the line, for an answer that is not true or
-    false. (labels: a file of labels, for tasks that have one; there is none here.)"""
+    false."""
     raise NotImplementedError("read_records checks fields of text; choice_doc makes a Doc")
 
 

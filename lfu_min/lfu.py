@@ -83,12 +83,12 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
     with auxiliary(model, batch.generator) as th_aux:  # zero effect: still the model itself
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
-        sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)         # both gradients at once
+        sft_norm = backward_into(sft, batch, th, th_aux)                    # both gradients at once
         h, sft = [x.detach() for x in h], sft.detach()  # h is a constant now; frees its graph
         g_norm = move(th_aux, grads_of(th_aux), alpha, model, batch)        # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
-        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)  # Eq 6, added up
+        cons_norm = backward_into(lam * terms.mean(), batch, th)            # Eq 6, added up
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
                 sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(h, h_aux, layers))
@@ -99,4 +99,4 @@ def sft_step(model, batch):
     """Plain SFT, what LfU is compared with: add the gradient of l_SFT to `.grad`."""
     th = trained(model)
     sft = sft_loss(model, last_state(model, batch), batch)                  # Eq 1
-    return dict(sft=sft, sft_grad_norm=backward_into(sft, th, (), batch.loss_scale))
+    return dict(sft=sft, sft_grad_norm=backward_into(sft, batch, th))

@@ -100,9 +100,9 @@ def rope_tables(config, positions, dtype):
 
 
 def rotate(x, cos, sin):
-    """Apply RoPE to x (B, heads, T, d)."""
+    """Apply RoPE to x (B, heads, T, d), in the tables' dtype."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -158,7 +158,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, mask=None, cache=None, layer=0):
+    def forward(self, x, rope, mask, cache, layer):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
 

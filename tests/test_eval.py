@@ -153,20 +153,20 @@ def subject(name, **settings):
 def test_runs_that_differ_in_the_seed_alone_become_one_by_hand():
     runs = [Run("base"), subject("a", seed=1), subject("b", seed=2),
             subject("c", seed=1, aux="none"), subject("d", seed=1, alpha=0.3),
-            subject("e", seed=3, lam=0)]
+            subject("e", seed=3, lam=0)]  # SFT, as c: its lam has no part
     values = dict(base=0.1, a=0.2, b=0.4, c=0.7, d=0.6, e=0.9)
     by_run = {name: [Result("math", "exact_match", v, 0.01, 50)] for name, v in values.items()}
     columns = models.by_seed(runs)
     assert {name: [run.name for run in members] for name, members in columns.items()} == {
-        "base": ["base"], "LfU-lora alpha 0.1": ["a", "b"], "SFT lam 5.0": ["c"],
-        "LfU-lora alpha 0.3": ["d"], "SFT lam 0": ["e"]}
+        "base": ["base"], "LfU-lora alpha 0.1": ["a", "b"], "SFT": ["c", "e"],
+        "LfU-lora alpha 0.3": ["d"]}
     merged = tables.over_seeds(by_run, columns)
     assert tables.text(merged, columns).splitlines()[-1] == (
-        "seeds: LfU-lora alpha 0.1 1, 2; SFT lam 5.0 1; LfU-lora alpha 0.3 1; SFT lam 0 3")
-    (r,), (alone,) = merged["LfU-lora alpha 0.1"], merged["SFT lam 5.0"]
+        "seeds: LfU-lora alpha 0.1 1, 2; SFT 1, 3; LfU-lora alpha 0.3 1")
+    (r,), (alone,) = merged["LfU-lora alpha 0.1"], merged["LfU-lora alpha 0.3"]
     # sd of 0.2 and 0.4
     assert r.value == pytest.approx(0.3) and r.stderr == pytest.approx(0.02 ** 0.5)
-    assert (alone.value, alone.stderr, alone.n) == (0.7, 0.01, 50)
+    assert (alone.value, alone.stderr, alone.n) == (0.6, 0.01, 50)
     assert by_run["a"] == [Result("math", "exact_match", 0.2, 0.01, 50)]
 
 
@@ -413,6 +413,8 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--task", "perplexity={tmp}/latin.txt"], "0xe9"),
     (["--task", "exact={problems}", "--few-shot", "-1"], "few-shot -1"),
     (["--task", "exact={problems}", "--few-shot", "2"], "exact asks as in training"),
+    (["--task", "gsm8k={problems}", "--few-shot-data", "{problems}"], "without --few-shot"),
+    (["--task", "gsm8k={problems},labels"], "leave labels out"),
     (["--task", "gsm8k={problems}", "--few-shot", "200"], "few-shot 200"),
     (["--limit", "0"], "--limit 0"),
     (["--limit", "x"], "--limit"),

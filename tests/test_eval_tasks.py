@@ -162,7 +162,7 @@ def test_a_file_that_does_not_fit_is_named(name, rows, labels, words, tmp_path):
     if labels is not None:
         (tmp_path / "labels").write_text(labels)
     with pytest.raises(ValueError, match=words):
-        tasks.KINDS[name][0](path, labels and tmp_path / "labels")
+        tasks.read(name, path, labels and tmp_path / "labels")
 
 
 # ---- parity with transformers

@@ -55,10 +55,9 @@ SLIPS = {  # name: [(in the solution, written by mistake, what the test says)]
         ("over_norm(tg, norm)", "(tg / norm)", "without a target"),
         ("norm = joint_norm(Tg)", "norm = joint_norm(grads_of(th))", "loss is l_SFT at"),
         ("with inplace(model):", "if True:", "must come back"),
-        ("backward_into(moved, th, (), batch.loss_scale)", "backward_into(moved, th)", "underflow"),
-        ("backward_into(sft, th, (), batch.loss_scale)", "backward_into(sft, th)", "underflow"),
-        ("backward_into(moved, th, (), batch.loss_scale)", "(batch.loss_scale * moved).backward()",
-         "still in .grad")],
+        ("backward_into(moved, batch, th)", "moved.backward()", "underflow"),
+        ("backward_into(sft, batch, th)", "sft.backward()", "underflow"),
+        ("backward_into(moved, batch, th)", "(batch.loss_scale * moved).backward()", "still in .grad")],
     "yes_no": [
         ('("no", "yes")', '("yes", "no")', "choices are"), ('int(r["answer"])', "1", "gold is"),
         ('isinstance(r.get("answer"), bool)', "r", "invalid literal"),

@@ -14,14 +14,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 import torch.nn.functional as F
 
-from conftest import difference, tiny, tiny_batch, transformers_twin
+from conftest import difference, tiny, tiny_batch
 import definitions
 from definitions import definition, drawn, l_sft, pairs, run, squared, total_norm
 from lfu_min import lfu
 from lfu_min.engine import passes
 from lfu_min.lfu import ascend, lfu_step, mse
-from lfu_min.lora import add_lora, aux_lora, lora_modules
-from lfu_min.methods import AUXILIARIES, DISTANCES, MOVES, lfu_backward, parse_layers
+from lfu_min.lora import aux_lora, lora_modules
+from lfu_min.methods import AUXILIARIES, lfu_backward, parse_layers
 
 AUX = tuple(AUXILIARIES)
 # a trained LoRA; all weights; all weights with the head tied to the embedding
@@ -485,13 +485,35 @@ def test_restoring_before_the_backward_is_not_exact():
     (dict(aux="sam"), "sam"), (dict(aux=None), "None"), (dict(lam=-1.0), "-1"),
     (dict(lam=float("nan")), "nan"),
     (dict(lam=float("inf")), "inf"), (dict(alpha=-0.1), "-0.1"), (dict(alpha=float("nan")), "nan"),
-    (dict(alpha=float("inf")), "inf"), (dict(layers="5-6"), "5-6"), (dict(layers="top"), "top")])
+    (dict(alpha=float("inf")), "inf"), (dict(layers="5-6"), "5-6"), (dict(layers="top"), "top"),
+    (dict(aux="inplace", compare="logit-kl"), "the head")])
 def test_settings_out_of_range_are_refused_in_one_line(settings, word):
-    model = tiny()
+    model = tiny("full")
     with pytest.raises(ValueError) as error:
         lfu_backward(model, *tiny_batch(), **settings)
     assert word in str(error.value) and "\n" not in str(error.value)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_without_a_third_of_this_name_is_told_so():
+    with pytest.raises(ValueError, match="of 2 layers none are late; write all, or a range"):
+        parse_layers("late", 2)
+
+
+def test_without_gradients_the_head_makes_none(monkeypatch):
+    """needs_input_grad is true under no_grad too: a trained head's gradient would be computed."""
+    model, batch, asked = tiny("full"), passes.make_batch(*tiny_batch()), []
+
+    class Noted:
+        def apply(h, weight, *rest):
+            asked.append(weight.requires_grad)
+            return passes_cross_entropy(h, weight, *rest)
+    passes_cross_entropy = passes.ChunkedCrossEntropy.apply
+    monkeypatch.setattr(passes, "ChunkedCrossEntropy", Noted)
+    with torch.no_grad():
+        loss = passes.sft_loss(model, passes.last_state(model, batch), batch)
+    assert loss == passes.sft_loss(model, passes.last_state(model, batch), batch)
+    assert asked == [False, True]
 
 
 def test_a_frozen_model_is_refused():

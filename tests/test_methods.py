@@ -58,7 +58,7 @@ def test_every_move_equals_its_definition(move, aux, tune):
 @pytest.mark.parametrize("compare", DISTANCES)
 def test_every_distance_equals_its_definition(compare, aux, tune):
     if compare == "logit-kl" and aux in IN_PLACE and tune == "full":
-        return  # refused by train.py: the head that makes z has moved
+        return  # refused: the head that makes z has moved
     model, batch = tiny(tune), tiny_batch()
     for layers in (None, [2, 3]):
         expected, values, _ = definitions.definition(model, *batch, aux, compare=compare,

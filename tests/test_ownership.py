@@ -74,11 +74,11 @@ def one_table(model, tied, aux, monkeypatch, backward, layers):
     for name, p in model.named_parameters():
         rows[row_of(name, tied) if p.requires_grad else "frozen weights"].append(p)
 
-    def noted(loss, th, th_aux=(), loss_scale=1.0):
+    def noted(loss, batch, th, th_aux=()):
         own = {id(p) for p in passes.trained(model)}
         every = [t for tensors in rows.values() for t in tensors]
         before = [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in every]
-        norm = backward(loss, th, th_aux, loss_scale)
+        norm = backward(loss, batch, th, th_aux)
         got = {id(t) for t, old in zip(every, before) if t.grad is not None
                and not torch.equal(t.grad, old)}
         arrived.append(got & own if not arrived else got)  # what th_aux gets first is Eq 2's g
@@ -131,7 +131,7 @@ def test_a_lora_alone_learns_from_both_losses_with_all_layers_compared(monkeypat
 def test_planted_mistakes_in_ownership_are_seen(monkeypatch):
     """A second backward without `inputs`: the auxiliary tensors would learn from l_cons. And any
     cell of the page that says the other thing."""
-    def everywhere(loss, th, th_aux=(), loss_scale=1.0):
+    def everywhere(loss, batch, th, th_aux=()):
         loss.backward()
         return torch.zeros(())
     page, found = PAGE.read_text(encoding="utf-8"), derived("lora", monkeypatch)

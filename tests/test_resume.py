@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-from pathlib import Path
 import pickle
 import random
 import shlex

@@ -175,7 +175,7 @@ def test_a_baseline_gets_what_the_flags_say(tmp_path, words, monkeypatch, name, 
 @pytest.mark.parametrize("flags, method, aux", [
     ([], "lfu", "lora"), (["--aux", "reps"], "lfu", "reps"), (["--aux", "none"], "sft", "none"),
     (["--method", "sft"], "sft", "none"), (["--method", "sft", "--aux", "none"], "sft", "none"),
-    (["--aux", "none", "--lam", "3"], "sft", "none"), (["--lam", "0"], "sft", "lora"),
+    (["--aux", "none", "--lam", "3"], "sft", "none"), (["--lam", "0"], "sft", "none"),
     (["--method", "lfu", "--aux", "reps"], "lfu", "reps"), (["--method", "gem"], "gem", "none")])
 def test_methods_and_their_synonyms(flags, method, aux):
     s = get_settings(flags)

@@ -11,7 +11,7 @@ def asam_step(model, batch, rho=0.5, eta=0.01):
     th = trained(model)
     with inplace(model):
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward_into(sft, th, (), batch.loss_scale)
+        backward_into(sft, batch, th)
         with torch.no_grad():
             T = [p.abs() + eta for p in th]
             Tg = [t * g for t, g in zip(T, grads_of(th))]
@@ -20,5 +20,5 @@ def asam_step(model, batch, rho=0.5, eta=0.01):
                 p += rho * t * over_norm(tg, norm)
                 p.grad = None  # g has done its work
         moved = sft_loss(model, last_state(model, batch), batch)
-        backward_into(moved, th, (), batch.loss_scale)
+        backward_into(moved, batch, th)
     return dict(sft=sft, loss=moved)

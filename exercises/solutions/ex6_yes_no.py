@@ -2,7 +2,7 @@
 from lfu_min.scoring.tasks import choice, choice_doc, read_records
 
 
-def read_yes_no(path, labels=None):
+def read_yes_no(path):
     docs = []
     for where, r in read_records(path, "question", "passage"):
         if not isinstance(r.get("answer"), bool):

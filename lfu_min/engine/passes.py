@@ -28,7 +28,7 @@ class Batch:
     targets: torch.Tensor  # (N,) int64: these next tokens, y_t
     divisor: int  # of l_SFT: supervised tokens, of this micro-batch or of the optimizer step
     loss_scale: float = 1.0  # float16: losses are multiplied by it, gradients divided
-    generator: torch.Generator = None  # draws whatever is random: the auxiliary LoRA's A
+    generator: torch.Generator = None  # draws whatever is random, as the auxiliary LoRA's A
     other: "Batch" = None  # a second batch, for the authors' way to take Eq 2's g
 
 
@@ -105,9 +105,11 @@ def movement(h, h_aux, layers):
 
 def sft_loss(model, h, batch):
     """Eq 1: mean cross-entropy of the head's predictions from h (N, D), the last layer's states.
-    0-d. "Mean" is the sum over N / batch.divisor."""
+    0-d. "Mean" is the sum over the N positions, divided by batch.divisor."""
     head, scale = model.lm_head, batch.loss_scale / batch.divisor
-    return ChunkedCrossEntropy.apply(h, head.weight, batch.targets, scale,
+    # no_grad does not reach needs_input_grad below, and a trained head's gradient is large
+    weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+    return ChunkedCrossEntropy.apply(h, weight, batch.targets, scale,
                                      head.compute_dtype) / batch.divisor
 
 
@@ -176,13 +178,14 @@ def grads_of(tensors):
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
 
 
-def backward_into(loss, th, th_aux=(), loss_scale=1.0):
+def backward_into(loss, batch, th, th_aux=()):
     """loss.backward() into `.grad` of th and th_aux, and of nothing else. Returns the norm of
     what it added to th (0-d).
 
-    The loss is multiplied by loss_scale and every gradient divided by it as it arrives, so that
-    small numbers survive float16 on the way; `.grad` itself is never scaled.
+    The loss is multiplied by batch.loss_scale and every gradient divided by it as it arrives, so
+    that small numbers survive float16 on the way; `.grad` itself is never scaled.
     """
+    loss_scale = batch.loss_scale
     if not loss.requires_grad:  # no trained weight lies below it: only the head is trained, say
         return torch.zeros_like(loss)
     if hasattr(th[0], "full_tensor"):
@@ -247,7 +250,8 @@ def empty_grad(tensors):
 def adds_to_grad(step):
     """Decorator of a step(model, batch, ...) that leaves its gradient in empty `.grad`s: makes it
     add to what is there, as loss.backward() does. (The ascent of `inplace` reads `.grad`, which
-    must be this micro-batch's alone.) A batch without targets adds zero and returns zeros."""
+    must be this micro-batch's alone.) The results are detached, those of a step with two gradients
+    get their cosine, `gradient_cosine`. A batch without targets adds zero and returns zeros."""
     @functools.wraps(step)
     def added(model, batch, *args, **kwargs):
         th = trained(model)

@@ -1,6 +1,6 @@
 """What a script needs around the method: device and dtype, versions, peak memory, one-line errors.
 
-Called by the scripts (train.py, eval.py, sweep, bench); nothing of LfU is in here.
+Called by every script; nothing of LfU is in here.
 """
 import argparse
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """Hugging Face folders on disk <-> model.Llama: config.json and safetensors, read strictly and
 written back.
 
-Called by train.py, eval.py and adapter.export_merged. Strict means: every parameter is filled
+Called by all that loads or saves a model. Strict means: every parameter is filled
 exactly once, and what is missing, unexpected or misshapen is named; a model this code does not
 implement is refused, never half-loaded. Verified in tests/test_checkpoint.py against folders
 written by transformers (v4 and v5 config forms, shards).

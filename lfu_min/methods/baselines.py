@@ -73,7 +73,7 @@ def neftune_step(model, batch, alpha=5.0, lengths=None, padded=False):
     """
     with added_to_embedding(model, embedding_noise(model, batch, alpha, lengths, padded)):
         sft = sft_loss(model, last_state(model, batch), batch)
-    return dict(sft=sft, sft_grad_norm=backward_into(sft, trained(model), (), batch.loss_scale))
+    return dict(sft=sft, sft_grad_norm=backward_into(sft, batch, trained(model)))
 
 
 # ---- Instruction modelling: every token is trained ----
@@ -121,7 +121,7 @@ def gem_step(model, batch, beta=0.7, h="logsigmoid"):
     sums = [checkpoint(gem_sums, model, last, y, beta, h, use_reentrant=False,
                        preserve_rng_state=False) for last, y in chunks]
     gem, sft = (sum(terms) / batch.divisor for terms in zip(*sums))
-    backward_into(gem, trained(model), (), batch.loss_scale)
+    backward_into(gem, batch, trained(model))
     return dict(sft=sft, loss=gem)
 
 
@@ -138,12 +138,12 @@ def sam_step(model, batch, rho=0.05):
     th = trained(model)
     with inplace(model):
         sft = sft_loss(model, last_state(model, batch), batch)
-        backward_into(sft, th, (), batch.loss_scale)
+        backward_into(sft, batch, th)
         g_norm = ascend(th, grads_of(th), rho)
         for p in th:
             p.grad = None  # g has done its work: it is no part of the sum
         moved = sft_loss(model, last_state(model, batch), batch)
-        moved_norm = backward_into(moved, th, (), batch.loss_scale)
+        moved_norm = backward_into(moved, batch, th)
     return dict(sft=sft, loss=moved, ascent_norm=g_norm, sft_grad_norm=moved_norm)
 
 
@@ -176,7 +176,7 @@ def smaller_states(model, batch, lam, size):
     sft = sft_loss(model, h[-1], batch)
     penalty = torch.stack([size(x) for x in h[1:]]).mean()
     loss = sft + lam * penalty
-    backward_into(loss, trained(model), (), batch.loss_scale)
+    backward_into(loss, batch, trained(model))
     return dict(sft=sft, loss=loss, penalty=penalty)
 
 
@@ -196,15 +196,17 @@ def attached_step(model, batch, lam=5.0, alpha=0.1):
     """LfU with an auxiliary LoRA and an Eq 5 in which h is not detached: the model is pulled to the
     worsened one, too. It takes a third forward, because the ascent moves what the first one's graph
     would need."""
-    th = trained(model)
+    th, checkpointing = trained(model), model.activation_checkpointing
+    model.activation_checkpointing = False  # its blocks, run again, would have the moved LoRA
     own = states(model, batch)
+    model.activation_checkpointing = checkpointing
     with aux_lora(model, batch.generator) as th_aux:
         sft = sft_loss(model, last_state(model, batch), batch)
-        sft_norm = backward_into(sft, th, th_aux, batch.loss_scale)
+        sft_norm = backward_into(sft, batch, th, th_aux)
         g_norm = ascend(th_aux, grads_of(th_aux), alpha)
         h_aux = states(model, batch)
         terms = torch.stack([F.mse_loss(b, a) for a, b in zip(own[1:], h_aux[1:])])
-        cons_norm = backward_into(lam * terms.mean(), th, (), batch.loss_scale)
+        cons_norm = backward_into(lam * terms.mean(), batch, th)
     return dict(sft=sft, loss=sft + lam * terms.mean(), consistency=terms.mean(),
                 ascent_norm=g_norm, sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(own, h_aux, range(1, len(own))))

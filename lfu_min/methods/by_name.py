@@ -1,4 +1,5 @@
-"""`backward`: any method by its name on plain tensors, to check or compare methods from outside.
+"""`backward`: any method by its name on plain tensors, to check or compare methods from outside
+(nothing here calls it but its tests).
 
 It checks names and settings, makes the batch, and calls baselines.BASELINES or lfu_backward.
 """

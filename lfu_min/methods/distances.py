@@ -24,7 +24,7 @@ def logit_kl(h, h_aux, layers, model):
     positions, a single term; `layers` plays no part. z is a constant. Takes N x V logits, twice.
 
     z is computed here, after the move, so the head must not be among what moved: not with the
-    auxiliary kind `inplace` where the head is trained (train.py refuses that).
+    auxiliary kind `inplace` where the head is trained (train.py and lfu_backward refuse that).
     """
     with torch.no_grad():
         log_p = model.lm_head(h[-1]).to(h[-1].dtype).log_softmax(-1)  # (N, V)

@@ -2,7 +2,7 @@
 
 A move is a function f(th_aux, g, alpha, model, batch): it changes the tensors th_aux in place, by
 alpha over all of them together, given g, the gradient of l_SFT with respect to them, and returns
-the norm of the gradient it used. A new one: write it, add it to MOVES, and write its definition
+||g|| for the log, or the norm of what it used in place of g. A new one: write it, add it to MOVES, and write its definition
 into tests/definitions.py.
 """
 import torch
@@ -19,7 +19,7 @@ def descend(th_aux, g, alpha, model, batch):
 @torch.no_grad()
 def random_direction(th_aux, g, alpha, model, batch):
     """The control for the direction: normal noise from batch.generator, of length alpha over all
-    tensors. Draws tensor after tensor, in float32. Returns ||g||, which it does not use."""
+    tensors. Draws tensor after tensor, in float32. Returns ||g||."""
     device = None if batch.generator is None else batch.generator.device
     noise = [torch.randn(t.shape, generator=batch.generator, device=device, dtype=torch.float32)
              .to(t) for t in th_aux]

@@ -8,7 +8,7 @@ import torch
 from ..engine.passes import TOKEN_SCALE, make_batch, matmul_dtype
 from ..lfu import lfu_step, sft_step
 from ..model import Llama
-from .auxiliaries import AUXILIARIES
+from .auxiliaries import AUXILIARIES, IN_PLACE
 from .distances import DISTANCES
 from .moves import MOVES
 
@@ -19,7 +19,10 @@ def parse_layers(layers, L):
     thirds = dict(zip(("early", "middle", "late"), np.array_split(range(1, L + 1), 3)))
     if layers == "all":
         return list(range(1, L + 1))
-    if layers in thirds and len(thirds[layers]):
+    if layers in thirds:
+        if not len(thirds[layers]):
+            raise ValueError(f"layers {layers!r}: of {L} layers none are {layers}; write all, or "
+                             f"a range a-b within 1-{L}")
         return [int(l) for l in thirds[layers]]
     first, _, last = str(layers).partition("-")
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= L:
@@ -43,7 +46,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         then nothing here waits for the GPU.
     aux: th_aux, "lora", "reps" (steering vectors), "inplace" (the trained weights) or "none";
         lam, alpha: see the table in lfu.py; layers: see parse_layers; generator: draws the
-        auxiliary LoRA's A.
+        auxiliary LoRA's A, and what move "random" needs.
     num_target_tokens: l_SFT's divisor in place of this micro-batch's own count of supervised
         tokens. With gradient accumulation pass the whole step's count, and
         lam / (number of micro-batches).
@@ -70,6 +73,9 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         raise ValueError(f"move {move!r}: an ascent_batch goes with other-batch, and only with it")
     if not (0 <= lam < float("inf") and 0 <= alpha < float("inf")):
         raise ValueError(f"lam = {lam}, alpha = {alpha}: both must be finite and at least 0")
+    if compare == "logit-kl" and aux in IN_PLACE and model.lm_head.weight.requires_grad:
+        raise ValueError(f"compare logit-kl, aux {aux}: the head that makes the logits would move "
+                         "itself; leave it untrained, or choose aux lora or reps")
     compared = parse_layers(layers, model.config.num_hidden_layers)
     half = matmul_dtype(model) == torch.float16
 

@@ -1,6 +1,5 @@
 """Pages of docs/results: tables in Markdown, paired differences with their intervals."""
 import math
-from statistics import fmean as mean
 
 from ..scoring.measures import mean_sd
 from . import grid

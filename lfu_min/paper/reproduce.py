@@ -11,6 +11,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 import random
+from statistics import fmean as mean
 import time
 
 import torch
@@ -99,7 +100,7 @@ def tune(s):
     by, machines = run(experiment, s)
     found = {method: [] for method in grid.METHODS}
     for (method, i), setting in rows.items():
-        x, y = (report.mean([row[column] for row in by[method, i]])
+        x, y = (mean([row[column] for row in by[method, i]])
                 for column in ("word problems", "category mean"))
         found[method].append((setting, x, y))
     chosen = grid.choose(found)
@@ -137,7 +138,7 @@ def rule(s):
 
 
 def mean_of(found, column):
-    return report.mean([row[column] for row in found])
+    return mean([row[column] for row in found])
 
 
 def main(argv=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..engine import system
 from ..files import jsons
-from ..scoring import categories, tables
+from ..scoring import categories
 from ..scoring.measures import mean_sd
 from ..training.settings import get_settings
 from . import measures

@@ -21,6 +21,7 @@ ASIDE = {"seed", "method", "aux", "model", "data", "out", "device", "activation_
          "shard", "per_step", "per_epoch", "steps", "examples", "dropped", "versions", "platform",
          "git_commit", "save_every", "keep", "eval_data", "eval_data_sha256", "resume", "verify",
          "resumed", "model_sha256", "saved_sha256"}
+LFU = {"lam", "alpha", "layers", "move", "compare"}  # nor these, where there is no LfU
 
 
 class Run(NamedTuple):
@@ -131,8 +132,9 @@ def by_seed(runs):
     """
     groups = {}  # (method, settings as text) -> {seed: run}
     for run in runs:
+        aside = ASIDE | LFU if method(run) == "SFT" else ASIDE
         setting = tuple(f"{key} {value}" for key, value in sorted(run.settings.items())
-                        if key not in ASIDE)
+                        if key not in aside)
         seeds = groups.setdefault((method(run), setting), {})
         other = seeds.setdefault(run.settings.get("seed"), run)
         if other is not run:

@@ -1,7 +1,7 @@
 """What was measured, as text: one table, seeds put together, and what was learned and forgotten in
 words.
 
-Called by eval.py, which prints what these functions return.
+Called by eval.py, which prints what these functions return, and by pictures.py.
 """
 import math
 

@@ -111,7 +111,7 @@ def read_piqa(path, labels=None):
             for (where, r), gold in zip(records, golds)]
 
 
-def read_arc(path, labels=None):
+def read_arc(path):
     """AI2's form (question.stem, question.choices) and Hugging Face's (question, choices.text,
     choices.label)."""
     docs = []
@@ -157,7 +157,7 @@ def read_hellaswag(path, labels=None):
     return docs
 
 
-def read_lambada(path, labels=None):
+def read_lambada(path):
     docs = []
     for where, r in read_records(path, "text"):
         context, _, word = r["text"].rpartition(" ")
@@ -167,11 +167,11 @@ def read_lambada(path, labels=None):
     return docs
 
 
-def read_questions(path, labels=None):
+def read_questions(path):
     return data.read_examples(path)  # Example(prompt, answer)
 
 
-def read_gsm8k(path, labels=None):
+def read_gsm8k(path):
     docs = [Doc(*example) for example in data.read_examples(path, questions=True)]
     for i, doc in enumerate(docs, 1):
         if strict_answer(doc.target) == INVALID:
@@ -179,7 +179,7 @@ def read_gsm8k(path, labels=None):
     return docs
 
 
-def read_lines(path, labels=None):
+def read_lines(path):
     text = jsons.read_text(path, "utf-8")  # every byte of the file counts in bits per byte
     if not text.strip():
         raise ValueError(f"{path} holds no text")
@@ -335,7 +335,8 @@ def exp_result(nats):
 
 
 GENERATES = 200  # examples of a task that generates, without --limit
-KINDS = {  # name: (reader of FILE and LABELS, measure, default limit)
+LABELLED = ("piqa", "hellaswag")  # their readers take a file of labels as well
+KINDS = {  # name: (reader of a file, measure, default limit)
     "gsm8k": (read_gsm8k, gsm8k, GENERATES),
     "exact": (read_questions, exact, GENERATES),
     "piqa": (read_piqa, choice, None),
@@ -345,6 +346,13 @@ KINDS = {  # name: (reader of FILE and LABELS, measure, default limit)
     "nll": (read_questions, nll, None),
     "perplexity": (read_lines, perplexity, None),
 }
+
+
+def read(kind, path, labels=None):
+    """The docs of a file, for KINDS[kind]. ValueError for labels that the kind does not read."""
+    if labels and kind not in LABELLED:
+        raise ValueError(f"{kind} has its answers in {path} itself; leave {labels} out")
+    return KINDS[kind][0](*filter(None, (path, labels)))
 
 
 def measure(task, model, tokenizer, options):

@@ -163,14 +163,22 @@ def cosine(a, b):
 
 
 def watched(model, batches, lam, alpha):
-    """{kind: {name: (batches,) or (batches, layers)}}, of lfu_step's numbers those to watch. The
-    model is not trained in between."""
+    """{kind: {name: (batches,) or (batches, layers)}}, of lfu_step's numbers those to watch, and of
+    `rise`, by how much the ascent raises l_SFT (nats a token). The model is not trained in
+    between."""
     found = {}
+
+    def move(th_aux, g, alpha, model, batch):
+        before = sft_now(model, batch)
+        norm = ascend(th_aux, g, alpha)                                              # Eq 2
+        rises.append(sft_now(model, batch) - before)
+        return norm
     for aux, kind in AUXILIARIES.items():
-        steps = [lfu_step(model, batch, kind, lam, alpha) for batch in batches]
+        rises = []
+        steps = [lfu_step(model, batch, kind, lam, alpha, move=move) for batch in batches]
         found[aux] = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         norms = [found[aux][name] for name in ("consistency_grad_norm", "sft_grad_norm")]
-        found[aux]["share"] = norms[0] / sum(norms)
+        found[aux] |= {"share": norms[0] / sum(norms), "rise": torch.tensor(rises)}
     return found
 
 
@@ -264,15 +272,15 @@ def half_precision(seen):
 
 def by_kind(found):
     """What `watched` found as a table; a - b is the smallest and the largest value."""
-    shown = {"||g||": ("ascent_norm", ".3f"), "l_cons": ("consistency", ".1e"),
-             "movement": ("movement", ".2%"), "share": ("share", ".0%"),
-             "cosine": ("gradient_cosine", ".2f")}
-    lines = [f"{'--aux':12}" + "".join(f"{head:>19}" for head in shown)]
-    for aux, values in found.items():
-        cells = [f"{values[name].min():{form}} - {values[name].max():{form}}"
-                 for name, form in shown.values()]
-        lines.append(f"{aux:12}" + "".join(f"{cell:>19}" for cell in cells))
-    return "\n".join(lines)
+    shown = {"||g||": ("ascent_norm", ".3f"), "rise": ("rise", "+.3f"),
+             "l_cons": ("consistency", ".1e"), "movement": ("movement", ".2%"),
+             "share": ("share", ".0%"), "cosine": ("gradient_cosine", ".2f")}
+    rows = [["--aux", *shown]] + [
+        [aux] + [f"{values[name].min():{form}} - {values[name].max():{form}}"
+                 for name, form in shown.values()] for aux, values in found.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([aux.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+                     for aux, *cells in rows)
 
 
 def story(tokenizer, batch, seen):

@@ -6,6 +6,7 @@ docs/training.md, "The log", says what each field means.
 import json
 import os
 from pathlib import Path
+import platform
 import random
 import time
 
@@ -36,13 +37,12 @@ def describe(s, model, examples, dropped, tokenizer, device):
                        (("move", s.move, "ascent"), ("compare", s.compare, "mse"))
                        if lfu and value != usual)
     tokens = s.per_step * sum(len(ids) for ids, _ in examples) / len(examples)
-    versions = system.environment()["versions"]
     method = f"aux {s.aux}  "
     if s.method not in ("lfu", "sft"):
         method, lfu = f"method {s.method}  ", "".join(
             f"{name} {value:g}  " for name, value in method_settings(s, 1).items())
     print(f"lfu_min  {method}{lfu}{variants}tune {s.tune}  device {device}  dtype {s.dtype}  "
-          f"python {versions['python']}  torch {versions['torch']}")
+          f"python {platform.python_version()}  torch {torch.__version__}")
     print(f"model    {short(s.model)}: parameters {counts[0]:,} trainable, "
           f"{counts[1] - counts[0]:,} frozen, {moved:,} auxiliary (moved by the ascent)")
     print(f"data     {short(s.data)}: {len(examples)} examples kept, {dropped} dropped "
@@ -68,7 +68,7 @@ def short(path):
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def summarise(results, s, plan, layers, device, **fields):
+def summarise(step, results, s, plan, layers, device, **fields):
     """One log record from all processes' results: sums where l_SFT is divided by the whole step's
     tokens, means over micro-batches elsewhere. layers: how many are compared. What plain SFT does
     not have is 0."""
@@ -90,7 +90,7 @@ def summarise(results, s, plan, layers, device, **fields):
     counts = [len(r["consistency_per_layer"]) for r in results if "consistency_per_layer" in r]
     terms = terms[:max(counts, default=layers)]  # a distance may have a single one
     known = any("sft_grad_norm" in r for r in results)  # not of gem, l1 and l2
-    return dict(step=fields.pop("step"), loss=loss, sft=sft,
+    return dict(step=step, loss=loss, sft=sft,
                 consistency=consistency, ascent_norm=ascent_norm / plan.count, **fields,
                 tokens=int(tokens), sft_grad_norm=of_sft if known else None,
                 consistency_grad_norm=of_consistency,

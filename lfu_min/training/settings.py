@@ -14,9 +14,9 @@ AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
 BUNDLED_MODEL = dict(epochs=10.0, batch_size=16, accumulate=1, lr=5e-3, max_len=256,
                      model=str(BUNDLED), data=str(BUNDLED / "data" / "word_problems_train.jsonl"))
 
+LFU = ("aux", "lam", "alpha", "layers", "move", "compare")
 # The flags that belong to a method, with the names that its step gives them, and their defaults.
-TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move="move",
-                     compare="compare"),
+TAKES = {"lfu": {name: name for name in LFU},
          "sft": {}, "neftune": dict(neftune_alpha="alpha"), "prompt": {},
          "gem": dict(gem_beta="beta"), "sam": dict(rho="rho"), "l1": dict(lam="lam"),
          "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha"),
@@ -200,7 +200,7 @@ def fill_method(s):
             raise ValueError(f"{flag} {value} has no part in --method {s.method}; leave one out")
     if s.method == "lfu" and (s.aux == "none" or s.lam == 0):
         s.method = "sft"
-    elif s.method not in ("lfu", "logit_kl", "attached"):
+    if s.method not in ("lfu", "logit_kl", "attached"):
         s.aux = "none"  # nothing auxiliary is attached
 
 
