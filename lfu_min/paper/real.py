@@ -31,8 +31,9 @@ EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen o
 VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 TUNING_SEED = 100  # used for nothing else
-# In the order in which they are run. On SmolLM2 lora's consistency gradient begins five to ten times
-# as long as l_SFT's with lambda 5 (docs/method.md, Which numbers to watch), with 1 one to two times.
+# In the order in which they are run. On SmolLM2 lora's consistency gradient begins five to ten
+# times as long as l_SFT's with lambda 5 (docs/method.md, Which numbers to watch), with 1 about as
+# long.
 METHODS = {"SFT": {"aux": "none"}, "LfU-lora": {"aux": "lora"}, "LfU-reps": {"aux": "reps"},
            "LfU-inplace": {"aux": "inplace"}, "LfU-lora lam 1": {"aux": "lora", "lam": "1"},
            "NEFTune": {"method": "neftune"}, "SAM": {"method": "sam"}}

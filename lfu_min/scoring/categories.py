@@ -1,8 +1,8 @@
 """The bundled world's scores: the paper's four categories (Tables 1 and 2) and the in-domain word
 problems (Figure 1).
 
-Called by eval.py when no --task is given, and by paper/. Every question is unseen in pretraining and in
-fine-tuning.
+Called by eval.py when no --task is given, and by paper/. Every question is unseen in pretraining
+and in fine-tuning.
 """
 import math
 

@@ -1,7 +1,8 @@
 """Does it hold? To other wordings (Figure 5), to noise in the embeddings (Figure 6), to an attack
 (Figure 3, Table 4).
 
-Called by eval.py with --wording, --noise and --attack, and by paper/measures.py. Verified in tests/test_eval_robustness.py.
+Called by eval.py with --wording, --noise and --attack, and by paper/measures.py. Verified in
+tests/test_eval_robustness.py.
 """
 from dataclasses import replace
 import math
