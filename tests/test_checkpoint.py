@@ -179,6 +179,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}: ")
 
 
 def test_absent_required_fields_are_named():

@@ -7,6 +7,7 @@ its one-line errors are run in a subprocess once.
 import inspect
 import json
 import math
+import os
 from pathlib import Path
 import shutil
 import subprocess
@@ -318,6 +319,15 @@ def test_too_little_memory_is_one_line(error, capsys):
         raise RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes"):
         system.command_line(other)
+
+
+def test_a_screen_without_a_character_shows_a_question_mark():
+    told = subprocess.run(
+        [sys.executable, "-c", "from lfu_min.engine import system\n"
+         "system.command_line(lambda: print('1 \u00b1 2 \u5b57'))"],
+        cwd=system.ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (told.stdout, told.stderr, told.returncode) == ("1 ? 2 ?\n", "", 0)
 
 
 def test_a_new_method_runs_with_its_defaults(monkeypatch):

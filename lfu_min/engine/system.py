@@ -53,7 +53,11 @@ def check_not_empty(s):
 
 def command_line(main):
     """Run a script's main(): bad input (ValueError, OSError) and too little memory become one line
-    on stderr and exit status 2, Ctrl-C a word and 130; SIGTERM ends it with 143."""
+    on stderr and exit status 2, Ctrl-C a word and 130; SIGTERM ends it with 143. What the screen's
+    encoding lacks is printed as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # quiet imports, see train.py's begin
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dies = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -157,7 +157,11 @@ def load_config(path):
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; a model is a folder with config.json and "
                          "*.safetensors")
-    return parse_config(read_json(path / "config.json"))
+    raw = read_json(path / "config.json")
+    try:
+        return parse_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # Weights that are no safetensors: what makes safetensors of them. (Later transformers load a GGUF
