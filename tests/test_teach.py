@@ -150,6 +150,21 @@ def test_the_numbers_by_kind_are_those_of_train_pys_log(tmp_path, capsys):
         explain.main(["--kinds", "0"])
 
 
+def test_the_share_says_which_lambda_has_another_share():
+    """docs/method.md, Which numbers to watch; and rise is about alpha * ||g||."""
+    model, batch = tiny(), passes.make_batch(*tiny_batch())
+
+    def share(lam):
+        batch.generator = torch.Generator().manual_seed(7)
+        model.zero_grad()
+        return explain.watched(model, [batch], lam, 0.01)["lora"]
+    s, wanted = share(5.0)["share"].item(), 0.25
+    other = 5.0 * wanted / (1 - wanted) * (1 - s) / s
+    assert share(other)["share"].item() == pytest.approx(wanted, rel=1e-6) and s != wanted
+    found = share(5.0)
+    assert found["rise"].item() == pytest.approx(0.01 * found["ascent_norm"].item(), rel=0.05)
+
+
 class Letters:
     """A tokenizer of the letters a to z."""
     def decode(self, ids):
