@@ -266,6 +266,9 @@ def test_an_attention_mask_says_what_is_padding():
         added("neftune", model, ids, labels, attention_mask=mask.flip(1))
     with pytest.raises(ValueError, match="shape"):
         added("prompt", model, ids, labels, attention_mask=mask[:, :8])
+    for name in ("lfu", "sam"):  # what asks nothing of the mask looks at it all the same
+        with pytest.raises(ValueError, match="on the right"):
+            added(name, model, ids, labels, attention_mask=mask.flip(1).tolist())
 
 
 @pytest.mark.slow

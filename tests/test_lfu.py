@@ -486,11 +486,14 @@ def test_restoring_before_the_backward_is_not_exact():
     (dict(lam=float("nan")), "nan"),
     (dict(lam=float("inf")), "inf"), (dict(alpha=-0.1), "-0.1"), (dict(alpha=float("nan")), "nan"),
     (dict(alpha=float("inf")), "inf"), (dict(layers="5-6"), "5-6"), (dict(layers="top"), "top"),
-    (dict(aux="inplace", compare="logit-kl"), "the head")])
+    (dict(aux="inplace", compare="logit-kl"), "the head"), (dict(lam="5"), "lam = 5"),
+    (dict(layers=[1, 2]), "[1, 2]"), (dict(num_target_tokens=0), "num_target_tokens = 0"),
+    (dict(num_target_tokens=-3), "-3"), (dict(num_target_tokens=float("nan")), "nan"),
+    (dict(labels=tiny_batch()[1][:, :5]), "labels (3, 5)")])
 def test_settings_out_of_range_are_refused_in_one_line(settings, word):
     model = tiny("full")
     with pytest.raises(ValueError) as error:
-        lfu_backward(model, *tiny_batch(), **settings)
+        lfu_backward(model, **dict(zip(("input_ids", "labels"), tiny_batch())) | settings)
     assert word in str(error.value) and "\n" not in str(error.value)
     assert all(p.grad is None for p in model.parameters())
 
@@ -514,6 +517,20 @@ def test_without_gradients_the_head_makes_none(monkeypatch):
         loss = passes.sft_loss(model, passes.last_state(model, batch), batch)
     assert loss == passes.sft_loss(model, passes.last_state(model, batch), batch)
     assert asked == [False, True]
+
+
+def test_a_step_without_targets_has_a_divisor_of_zero():
+    model, (ids, labels) = tiny(), tiny_batch()
+    result = lfu_backward(model, ids, torch.full_like(labels, -100), num_target_tokens=0)
+    assert result["sft"] == 0 and all(p.grad is None or not p.grad.any()
+                                      for p in model.parameters())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_nothing_passes_for_learning(off):
+    for aux in (*AUX, "none"):
+        with off(), pytest.raises(ValueError, match="gradients are off"):
+            lfu_backward(tiny(), *tiny_batch(), aux)
 
 
 def test_a_frozen_model_is_refused():

@@ -245,7 +245,8 @@ def test_in_a_second_step_A_would_have_a_gradient():
 def test_normalising_takes_the_size_of_g_out_of_the_step(aux):
     """l_SFT divided by 1000 times as many tokens: ||g|| is a thousandth, h' - h the same."""
     one, many = (lfu_backward(tiny(), *tiny_batch(), aux, num_target_tokens=divisor,
-                              generator=torch.Generator().manual_seed(7)) for divisor in (1, 1000))
+                              generator=torch.Generator().manual_seed(7))
+                 for divisor in (50, 50_000))
     assert one["ascent_norm"].item() == pytest.approx(1000 * many["ascent_norm"].item(), rel=1e-9)
     assert one["consistency"].item() == pytest.approx(many["consistency"].item(), rel=1e-9)
 

@@ -176,7 +176,7 @@ def test_a_baseline_gets_what_the_flags_say(tmp_path, words, monkeypatch, name, 
 @pytest.mark.parametrize("flags, method, aux", [
     ([], "lfu", "lora"), (["--aux", "reps"], "lfu", "reps"), (["--aux", "none"], "sft", "none"),
     (["--method", "sft"], "sft", "none"), (["--method", "sft", "--aux", "none"], "sft", "none"),
-    (["--aux", "none", "--lam", "3"], "sft", "none"), (["--lam", "0"], "sft", "none"),
+    (["--lam", "0"], "sft", "none"),
     (["--method", "lfu", "--aux", "reps"], "lfu", "reps"), (["--method", "gem"], "gem", "none")])
 def test_methods_and_their_synonyms(flags, method, aux):
     s = get_settings(flags)
@@ -398,7 +398,11 @@ BAD = [
     (["--max-steps", "9" * 4000], "--max-steps 9{40} should"), (["--seed", str(2**64)], "--seed"),
     (["--lora-alpha", "1e300"], "--lora-alpha"), (["--lam", "1e300"], "--lam"),
     (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval-data", "LONG"], "max_len 256"),
-    (["--aux", "none", "--gem-beta", "1"], "--gem-beta"),
+    (["--aux", "none", "--gem-beta", "1"], "--gem-beta 1.0 has no part in --method sft"),
+    *((["--aux", "none", *flag], flag[0]) for flag in (
+        ["--alpha", "1"], ["--lam", "3"], ["--layers", "early"], ["--move", "random"],
+        ["--compare", "cosine"])),
+    (["--max-steps", "3", "--epochs", "2"], "leave one out"),
     (["--method", "sam", "--move", "descent"], "--move"),
     (["--method", "sam", "--shard"], "--shard"),
     (["--method", "gem", "--gem-beta", "0"], "--gem-beta"),
@@ -487,6 +491,14 @@ def test_where_nothing_of_this_process_is_wrong_all_of_the_step_is_named():
     plan = Plan([], 0, 2, 0, [[7, 8]], list(range(7, 30)))
     assert suspects(plan, [{"sft": torch.tensor(1.0)}]) == (
         "examples " + ", ".join(map(str, range(7, 27))) + " and 3 more")
+
+
+@pytest.mark.parametrize("step, sft, smaller", [
+    (1, 2.0, "--alpha"), (1, math.nan, "--lr"), (2, 2.0, "--lr")])
+def test_a_loss_that_is_infinite_before_anything_was_learned_is_not_the_rates(step, sft, smaller):
+    record = dict(step=step, loss=math.inf, sft=sft, grad_norm=1.0, ascent_norm=1.0)
+    with pytest.raises(ValueError, match=f"the loss is inf .*try a smaller {smaller}"):
+        usable(record, LossScale(), Plan([], 0, 1, 0, [[1]], [1]), [{}])
 
 
 def scales_of(overflows, steps):

@@ -39,7 +39,11 @@ def make_batch(input_ids, labels, device=None, divisor=None, loss_scale=1.0, gen
     labels[b, t] is the token at t itself, so the state at t predicts labels[b, t + 1], and the
     last state predicts nothing. Where labels lie on the CPU nothing here waits for a GPU.
     device: where the batch goes (None: where input_ids are); divisor: None counts the targets.
+    Raises ValueError for labels of another shape.
     """
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} should have the shape of input_ids, "
+                         f"{tuple(input_ids.shape)}")
     device = input_ids.device if device is None else device
     following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B * T,)
     positions = (following != -100).nonzero().squeeze(1)  # (N,)
@@ -254,6 +258,9 @@ def adds_to_grad(step):
     get their cosine, `gradient_cosine`. A batch without targets adds zero and returns zeros."""
     @functools.wraps(step)
     def added(model, batch, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            raise ValueError("gradients are off here (torch.no_grad or inference_mode), and the "
+                             "step is made of them")
         th = trained(model)
         with empty_grad(th):
             result = step(model, batch, *args, **kwargs)

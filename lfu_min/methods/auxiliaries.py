@@ -23,8 +23,8 @@ def put_back(weights):
     Raises ValueError for weights in half precision, which round a step of this size away.
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in weights):
-        raise ValueError("aux 'inplace' moves weights by less than half precision resolves: "
-                         "keep trained weights in float32")
+        raise ValueError("the ascent moves trained weights by less than half precision "
+                         "resolves: keep them in float32")
     before = [p.detach().clone() for p in weights]
     try:
         yield weights

@@ -197,9 +197,11 @@ def attached_step(model, batch, lam=5.0, alpha=0.1):
     worsened one, too. It takes a third forward, because the ascent moves what the first one's graph
     would need."""
     th, checkpointing = trained(model), model.activation_checkpointing
-    model.activation_checkpointing = False  # its blocks, run again, would have the moved LoRA
-    own = states(model, batch)
-    model.activation_checkpointing = checkpointing
+    try:
+        model.activation_checkpointing = False  # its blocks, run again, would have the moved LoRA
+        own = states(model, batch)
+    finally:
+        model.activation_checkpointing = checkpointing
     with aux_lora(model, batch.generator) as th_aux:
         sft = sft_loss(model, last_state(model, batch), batch)
         sft_norm = backward_into(sft, batch, th, th_aux)

@@ -10,7 +10,7 @@ import torch
 
 from ..engine.passes import TOKEN_SCALE, make_batch, matmul_dtype
 from .baselines import BASELINES, real_lengths
-from .own_loop import lfu_backward
+from .own_loop import check_model, lfu_backward
 
 SETTINGS = {name: list(inspect.signature(step).parameters)[2:] for name, step in BASELINES.items()}
 SETTINGS["lfu"] = ["aux", "lam", "alpha", "layers"]
@@ -49,12 +49,15 @@ def backward(name, model, input_ids, labels, generator=None, attention_mask=None
     numbers, which baselines.py and lfu_backward list. Raises ValueError in one line.
     """
     check(name, settings)
+    check_model(model)
+    if attention_mask is not None:
+        lengths = mask_lengths(torch.as_tensor(attention_mask), input_ids)
     if name == "lfu":
         result = lfu_backward(model, input_ids, labels, generator=generator, **settings)
         return dict(result, loss=result["sft"] + settings.get("lam", 5.0) * result["consistency"])
     batch = make_batch(input_ids, labels, input_ids.device, generator=generator)
-    lengths = (real_lengths(batch) if attention_mask is None
-               else mask_lengths(attention_mask, input_ids))
+    if attention_mask is None:
+        lengths = real_lengths(batch)
     if name == "prompt":
         real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         batch = make_batch(input_ids, input_ids.where(real, -100), generator=generator)

@@ -2,6 +2,8 @@
 
 It takes names and plain tensors, checks them, and calls lfu.lfu_step or lfu.sft_step.
 """
+from numbers import Real
+
 import numpy as np
 import torch
 
@@ -16,6 +18,7 @@ from .moves import MOVES
 def parse_layers(layers, L):
     """The 1-based layer numbers that `layers` names: all, early, middle, late (thirds), or an
     inclusive range a-b."""
+    layers = str(layers)
     thirds = dict(zip(("early", "middle", "late"), np.array_split(range(1, L + 1), 3)))
     if layers == "all":
         return list(range(1, L + 1))
@@ -24,11 +27,16 @@ def parse_layers(layers, L):
             raise ValueError(f"layers {layers!r}: of {L} layers none are {layers}; write all, or "
                              f"a range a-b within 1-{L}")
         return [int(l) for l in thirds[layers]]
-    first, _, last = str(layers).partition("-")
+    first, _, last = layers.partition("-")
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= L:
         return list(range(int(first), int(last) + 1))
     raise ValueError(f"layers {layers!r}: write all, early, middle, late or a range a-b "
                      f"within 1-{L}")
+
+
+def check_model(model):
+    if not isinstance(model, Llama):
+        raise ValueError(f"the model is a {type(model).__name__}: load it with lfu_min.load_model")
 
 
 def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layers="all",
@@ -48,7 +56,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         lam, alpha: see the table in lfu.py; layers: see parse_layers; generator: draws the
         auxiliary LoRA's A, and what move "random" needs.
     num_target_tokens: l_SFT's divisor in place of this micro-batch's own count of supervised
-        tokens. With gradient accumulation pass the whole step's count, and
+        tokens, and no smaller. With gradient accumulation pass the whole step's count, and
         lam / (number of micro-batches).
     ascent_batch: (input_ids, labels) of another batch to take Eq 2's g from, as the authors' code
         does (move "other-batch"); costs a third pass.
@@ -62,8 +70,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     l_cons) and gradient_cosine; for plain SFT all but sft's are zero.
     Raises ValueError for settings out of range, and for another library's model.
     """
-    if not isinstance(model, Llama):
-        raise ValueError(f"the model is a {type(model).__name__}: load it with lfu_min.load_model")
+    check_model(model)
     for name, value, known in (("aux", aux, (*AUXILIARIES, "none")), ("move", move, MOVES),
                                ("compare", compare, DISTANCES)):
         if value not in known:
@@ -71,7 +78,7 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
     move = "other-batch" if ascent_batch and move == "ascent" else move
     if (move == "other-batch") != (ascent_batch is not None):
         raise ValueError(f"move {move!r}: an ascent_batch goes with other-batch, and only with it")
-    if not (0 <= lam < float("inf") and 0 <= alpha < float("inf")):
+    if not all(isinstance(x, Real) and 0 <= x < float("inf") for x in (lam, alpha)):
         raise ValueError(f"lam = {lam}, alpha = {alpha}: both must be finite and at least 0")
     if compare == "logit-kl" and aux in IN_PLACE and model.lm_head.weight.requires_grad:
         raise ValueError(f"compare logit-kl, aux {aux}: the head that makes the logits would move "
@@ -85,7 +92,11 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         batch.loss_scale = scale if loss_scale is None else loss_scale
         return batch
     other = None if ascent_batch is None else batch_of(*ascent_batch)
-    batch = batch_of(input_ids, labels, num_target_tokens, other)
+    divisor = None if num_target_tokens is None else num_target_tokens or 1  # 0: no targets
+    batch = batch_of(input_ids, labels, divisor, other)
+    if divisor and not len(batch.targets) <= num_target_tokens < float("inf"):
+        raise ValueError(f"num_target_tokens = {num_target_tokens}: the step's supervised tokens "
+                         f"are at least this micro-batch's own, {len(batch.targets)}")
     if lam == 0 or aux == "none":
         result = sft_step(model, batch)
         nothing = torch.zeros_like(result["sft"])

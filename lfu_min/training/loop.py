@@ -97,8 +97,11 @@ def usable(record, scale, plan, results):
     """
     if not math.isfinite(record["loss"]):
         half = ", or --dtype bf16 or fp32: float16 may overflow" if scale.value else ""
+        smaller = "--lr"  # no step was taken yet, and l_SFT is finite: then it is the method's part
+        if record["step"] == 1 and math.isfinite(record["sft"]):
+            smaller = "--alpha, or less extreme settings of the --method"
         raise ValueError(f"step {record['step']}: the loss is {record['loss']} "
-                         f"({suspects(plan, results)}); try a smaller --lr" + half)
+                         f"({suspects(plan, results)}); try a smaller {smaller}" + half)
     bad = next((name for name in ("grad_norm", "ascent_norm")
                 if not math.isfinite(record[name])), None)
     if bad is None:

@@ -5,7 +5,7 @@ trained on them, so that they are nearer to what it would say.
     python train.py --data rewritten.json
 
 The model sees each question with its reference answer and answers in its own words. A rewrite that
-is not accepted leaves the reference in place. Steps and rule are the authors'
+is not accepted leaves the reference in place. Steps and rule follow the authors'
 (github.com/sail-sg/sdft, eval/gen_distilled_data.py), the wording is ours.
 
 It needs a model that follows instructions. The bundled one does not: of its 256 word problems 32
@@ -36,7 +36,8 @@ def last_number(text):
 def accepted(rewrite, reference):
     """Whether a rewritten answer may stand for the reference: it is not empty, says nothing of the
     task of rewriting, and where the reference ends in a number, as in GSM8K, so does it: its last
-    number is the same. (The authors' rule; they have other checks for code and function calls.)"""
+    number is the same. (The authors' rule, but that theirs joins numbers across blanks, "12 12" to
+    1212, asks of GSM8K alone, and has other checks for code and function calls.)"""
     text = rewrite.lower()
     if not text.strip() or text.startswith("your turn") or any(phrase in text for phrase in BANNED):
         return False
@@ -79,6 +80,8 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     p.add_argument("--out", required=True, help=".json file to write")
     s = p.parse_args(argv)
+    system.check_not_empty(s)
+    system.check_positive(s, ("max_new_tokens", "batch_size"))
     if not s.out.endswith(".json"):
         raise ValueError(f"--out {s.out} should be a .json file")
     jsons.check_output("--out", s.out)

@@ -111,6 +111,8 @@ def get_settings(argv=None):
         return s
     if s.resume:
         s = settings_of_run(s.resume, argv)
+    elif s.max_steps is not None and s.epochs is not None:
+        raise ValueError("--max-steps stands in place of --epochs: leave one out")
     for name, value in (BUNDLED_MODEL if s.model is None else AUTHORS).items():
         if getattr(s, name) is None:
             setattr(s, name, value)
@@ -191,6 +193,8 @@ def decisive(s):
 def fill_method(s):
     """Fill in the flags of s.method; `--aux none` and `--lam 0` make it sft. Raises ValueError for
     a flag that was given and that it does not take."""
+    if s.method == "lfu" and s.aux == "none":
+        s.method = "sft"
     takes = {"aux": "aux"} if (s.method, s.aux) == ("sft", "none") else TAKES.get(s.method, {})
     for name, usual in USUAL.items():
         value, flag = getattr(s, name), system.flag(name)
@@ -198,7 +202,7 @@ def fill_method(s):
             setattr(s, name, usual if name in takes or name in TAKES["lfu"] else None)
         elif name not in takes:
             raise ValueError(f"{flag} {value} has no part in --method {s.method}; leave one out")
-    if s.method == "lfu" and (s.aux == "none" or s.lam == 0):
+    if s.method == "lfu" and s.lam == 0:
         s.method = "sft"
     if s.method not in ("lfu", "logit_kl", "attached"):
         s.aux = "none"  # nothing auxiliary is attached
