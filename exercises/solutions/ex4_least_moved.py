@@ -1,7 +1,7 @@
-"""A mask keeps every layer's term in its place, for the log, and waits for no GPU. On explain's first
-batch it chooses layers 1 to 3. Whether it is these that should hold still is not known: fixed
-thirds, the early layers alone and the late ones, are two rows of docs/results.md, and their
-intervals overlap."""
+"""A mask keeps every layer's term in its place, for the log, and waits for no GPU. On explain's
+first batch it chooses layers 1 to 3. Whether it is these that should hold still is not known:
+fixed thirds, the early layers alone and the late ones, are two rows of docs/results.md, and
+their intervals overlap."""
 import torch
 
 from lfu_min.lfu import mse
