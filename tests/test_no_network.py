@@ -46,6 +46,7 @@ print("modules", len(names))
 '''
 LOAD = '''
 import sys, torch, lfu_min
+from lfu_min.bundled import BUNDLED
 from lfu_min.files.adapter import export_merged
 from lfu_min.files.tokenizer import load_tokenizer
 model, tokenizer = lfu_min.load_model(BUNDLED), load_tokenizer(BUNDLED)

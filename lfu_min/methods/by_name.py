@@ -50,13 +50,12 @@ def backward(name, model, input_ids, labels, generator=None, attention_mask=None
     """
     check(name, settings)
     check_model(model)
-    if attention_mask is not None:
-        lengths = mask_lengths(torch.as_tensor(attention_mask), input_ids)
+    lengths = None if attention_mask is None else mask_lengths(attention_mask, input_ids)
     if name == "lfu":
         result = lfu_backward(model, input_ids, labels, generator=generator, **settings)
         return dict(result, loss=result["sft"] + settings.get("lam", 5.0) * result["consistency"])
     batch = make_batch(input_ids, labels, input_ids.device, generator=generator)
-    if attention_mask is None:
+    if lengths is None:
         lengths = real_lengths(batch)
     if name == "prompt":
         real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
@@ -72,6 +71,7 @@ def backward(name, model, input_ids, labels, generator=None, attention_mask=None
 def mask_lengths(attention_mask, input_ids):
     """(B,) int64, real tokens of each row. Raises ValueError for another shape, or unless padding
     is on the right."""
+    attention_mask = torch.as_tensor(attention_mask)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids "
                          f"{tuple(input_ids.shape)}")

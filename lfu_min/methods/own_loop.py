@@ -92,9 +92,9 @@ def lfu_backward(model, input_ids, labels, aux="lora", lam=5.0, alpha=0.1, layer
         batch.loss_scale = scale if loss_scale is None else loss_scale
         return batch
     other = None if ascent_batch is None else batch_of(*ascent_batch)
-    divisor = None if num_target_tokens is None else num_target_tokens or 1  # 0: no targets
-    batch = batch_of(input_ids, labels, divisor, other)
-    if divisor and not len(batch.targets) <= num_target_tokens < float("inf"):
+    batch = batch_of(input_ids, labels, num_target_tokens or None, other)
+    if num_target_tokens is not None and not (
+            len(batch.targets) <= num_target_tokens < float("inf")):
         raise ValueError(f"num_target_tokens = {num_target_tokens}: the step's supervised tokens "
                          f"are at least this micro-batch's own, {len(batch.targets)}")
     if lam == 0 or aux == "none":

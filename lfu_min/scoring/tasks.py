@@ -352,7 +352,8 @@ def read(kind, path, labels=None):
     """The docs of a file, for KINDS[kind]. ValueError for labels that the kind does not read."""
     if labels and kind not in LABELLED:
         raise ValueError(f"{kind} has its answers in {path} itself; leave {labels} out")
-    return KINDS[kind][0](*filter(None, (path, labels)))
+    reader = KINDS[kind][0]
+    return reader(path, labels) if labels else reader(path)
 
 
 def measure(task, model, tokenizer, options):

@@ -14,9 +14,9 @@ AUTHORS = dict(epochs=3.0, batch_size=4, accumulate=4, lr=1e-4, max_len=2048)
 BUNDLED_MODEL = dict(epochs=10.0, batch_size=16, accumulate=1, lr=5e-3, max_len=256,
                      model=str(BUNDLED), data=str(BUNDLED / "data" / "word_problems_train.jsonl"))
 
-LFU = ("aux", "lam", "alpha", "layers", "move", "compare")
 # The flags that belong to a method, with the names that its step gives them, and their defaults.
-TAKES = {"lfu": {name: name for name in LFU},
+TAKES = {"lfu": dict(aux="aux", lam="lam", alpha="alpha", layers="layers", move="move",
+                     compare="compare"),
          "sft": {}, "neftune": dict(neftune_alpha="alpha"), "prompt": {},
          "gem": dict(gem_beta="beta"), "sam": dict(rho="rho"), "l1": dict(lam="lam"),
          "l2": dict(lam="lam"), "logit_kl": dict(lam="lam", alpha="alpha"),
