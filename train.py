@@ -67,8 +67,9 @@ def main(argv=None):
     if team.rank == 0:
         out = folder.begin(s, team.device, examples=len(examples), dropped=dropped)
     with folder.locked(out), system.stop_signals() as stop:
-        train(s, model, examples, layers, tokenizer.eos_id, out, team, stop, validation)
-        with folder.last_words(out):
+        checkpoints = train(s, model, examples, layers, tokenizer.eos_id, out, team, stop,
+                            validation)
+        with checkpoints.or_else():
             save(s, model, out)
     if runs_model:
         after = log.answers(model, tokenizer, asked, s.template)
@@ -110,7 +111,7 @@ def load(s, device, dtype):
 
 def train(s, model, examples, layers, pad_id, out, team, stop, validation):
     """The loop: one optimizer step a turn, of which process 0 writes the log. After a signal (stop,
-    see system.stop_signals) it saves a checkpoint and exits."""
+    see system.stop_signals) it saves a checkpoint and exits. Returns the Checkpoints."""
     th = trained(model)
     fused = team.device.type == "cuda" or None  # None: torch's choice
     optimizer = torch.optim.AdamW(th, lr=s.lr, weight_decay=0.0, fused=fused)
@@ -153,6 +154,7 @@ def train(s, model, examples, layers, pad_id, out, team, stop, validation):
             if step in (first, s.steps) or step % max(1, s.steps // 20) == 0:
                 print(log.step_line(record, s.steps, started), flush=True)
         checkpoints.after(step)
+    return checkpoints
 
 
 def save(s, model, out):

@@ -27,12 +27,16 @@ SYSTEM = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou 
           "model, trained on one page.<|im_end|>\\n' }}{% endif %}")
 CHATML = ("{% for m in messages %}{{ " + TURN + " }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-QWEN3 = ("{% for m in messages %}{% if loop.last and m['role'] == 'assistant' %}"
-         "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + m['content'] }}"
-         "{{ '<|im_end|>\\n' }}"
+QWEN3 = ("{% for m in messages %}{% if m['role'] == 'assistant' %}"
+         "{% set parts = m['content'].split('</think>') %}{% set text = parts[-1] %}"
+         "{% if parts | length > 1 %}{% set text = text.lstrip('\n') %}{% endif %}"
+         "{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n' }}"
+         "{% if parts | length > 1 %}{{ parts[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+         "{{ '\n</think>\n\n' + text.lstrip('\n') }}{% else %}{{ text }}{% endif %}"
+         "{{ '<|im_end|>\n' }}"
          "{% else %}{{ " + TURN + " }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-         "{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}"
-         "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}")
+         "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}"
+         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
 LLAMA3 = ("{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
           "'<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
           "{% if add_generation_prompt %}"
@@ -56,7 +60,8 @@ CONVERSATIONS = [
     messages(("You are brief.",), "Où?", "Ici.", "48 clips\n\n", "  72 \n"),
     messages("\n\nCo\u0302te\u0301?", "\n\n 7", " a{b}c{role} ", "\n\nx\n", "\t1",
              "{content}\n\n\n"),
-    messages(TEXT, TEXT.strip(), "9", "'s 10")]
+    messages(TEXT, TEXT.strip(), "9", "'s 10"),
+    messages("3?", "\n\n 7\n")]
 
 
 def theirs_of(file, template):
@@ -106,6 +111,40 @@ def check(ours, template, theirs, conversation):
 @pytest.mark.parametrize("name", MADE_UP)
 def test_ids_equal_apply_chat_template(tmp_path, name, conversation):
     check(*made_up(tmp_path, name), conversation)
+
+
+THOUGHTS = [  # the answer, and what was said before it
+    messages("4?", "<think>\n2 + 2\n\nis 4\n</think>\n\nFour."),
+    messages("4?", "<think>no</think>3", "Sure?", "<think>\n\n\n hm \n\n</think>\n\n\n 4\n"),
+    messages("4?", "\n<think>\n</think>\n\n 4", "a", " <think></think>5"),
+    messages("4?", "<think>\nno\n</think>\n\n3", "Sure?", "<think>b{role}</think> 4")]
+
+
+@pytest.mark.parametrize("conversation", THOUGHTS, ids=range(len(THOUGHTS)))
+def test_a_thought_is_learned_as_the_models_own_template_writes_it(tmp_path, conversation):
+    """The answer's, as control tokens; earlier ones are left out. chatml, for a model that thinks,
+    learns all of the reply, qwen3 what differs from its prompt with the empty thought."""
+    ours, _, theirs = made_up(tmp_path, "Qwen 3")
+    prompt, answer = conversation[:-1], conversation[-1]["content"]
+    whole = rendered(theirs, conversation)[:-len(ours.encode("\n"))]
+    start = len(prompt_ids(ours, prompt, "chatml"))
+    assert whole[start] == ours.control["<think>"] not in whole[:start]
+    for template, first in (("chatml", start), ("qwen3", start + 1)):
+        ids, labels = encode_example(ours, Example(prompt, answer), template)
+        assert ids == whole
+        if ids[:len(prompt_ids(ours, prompt, "qwen3"))] != prompt_ids(ours, prompt, "qwen3"):
+            assert labels == [-100] * first + ids[first:]
+    without, _, _ = made_up(tmp_path, "SmolLM2")  # a model that has no such tokens reads text
+    del without.control["<think>"]
+    ids, _ = encode_example(without, Example(prompt, answer), "chatml")
+    assert without.decode(ids).count("</think>") == str(conversation).count("</think>")
+    assert without.control["</think>"] not in ids
+
+
+def test_what_only_looks_like_a_thought_stays_text():
+    for text in ("a <think>b</think>c", "<think>b", "b</think>c", "<think>b<think>", "</think>"):
+        assert chat.split_thought(text) == (None, text)
+    assert chat.split_thought("<think>a</think>b</think>") == ("a", "b</think>")
 
 
 @pytest.mark.parametrize("name", MADE_UP)
@@ -245,11 +284,16 @@ def test_real_tokenizers_and_their_own_templates(name):
     texts = [text for text in random_texts(400, seed=2) if text.strip()
              and not any(token in text for token in ours.control)]
     for a, b, c in zip(texts, texts[1:], texts[2:]):
-        if template == "qwen3":  # its template takes line breaks off an answer's beginning
-            c = c.lstrip("\n")
         if c.strip():
             check(ours, template, theirs, messages((a,), b, a, b, c))
-    if name == "Qwen 3":  # a question in the template without the empty thought
+    if name == "Qwen 3":
+        for conversation in THOUGHTS:
+            expected = rendered(theirs, conversation)
+            for way in ("chatml", "qwen3"):
+                ids, _ = encode_example(ours, Example(conversation[:-1],
+                                                      conversation[-1]["content"]), way)
+                assert ids + ours.encode("\n") == expected
+        # a question in the template without the empty thought
         assert prompt_ids(ours, "Hi", "chatml") == theirs.apply_chat_template(
             messages("Hi"), add_generation_prompt=True, tokenize=True, return_dict=False)
 

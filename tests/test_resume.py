@@ -414,8 +414,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, words,
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_full_disk_when_the_result_is_saved_is_one_line_and_loses_no_training(tmp_path, words,
                                                                                tune):
-    """Nothing half written stands under the adapter's or the model's name, and --resume ends the
-    run as if the disk had never been full."""
+    """Nothing half written stands under the adapter's or the model's name. A checkpoint of all that
+    was trained is left, and --resume ends the run as if the disk had never been full. Where it is
+    too full for that as well, the error promises nothing."""
     resource = pytest.importorskip("resource", reason="limits the size of files, as a full disk")
     one, two = tmp_path / "one", tmp_path / "two"
     start(words, one, "--tune", tune)
@@ -427,14 +428,22 @@ def test_a_full_disk_when_the_result_is_saved_is_one_line_and_loses_no_training(
         try:
             honest(*args)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save", save)
-        with pytest.raises(ValueError, match=" cannot be written: ") as error:
-            start(words, two, "--tune", tune, "--save-every", "2")
-    assert "\n" not in str(error.value) and f"train.py --resume {two} goes on" in str(error.value)
-    assert latest(two).name == "step-000004" and not list(two.glob("*.tmp"))
-    assert not list(two.glob("*.safetensors"))
+            if not stays_full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for stays_full, out, left in ((False, two, "its last checkpoint is step-000005: python "
+                                                f"train.py --resume {two}"),
+                                  (True, tmp_path / "three", "and has no checkpoint to go on from: "
+                                                             "train again")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "save", save)
+            try:
+                with pytest.raises(ValueError, match=" cannot be written: ") as error:
+                    start(words, out, "--tune", tune, "--save-every", "0")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value)
+        assert str(error.value).endswith(f"; the run is not finished, {left}")
+        assert not [*out.glob("*.safetensors"), *out.rglob("*.tmp")]
     resume(two)
     assert not differences(one, two)
 
@@ -511,7 +520,8 @@ def test_other_settings_are_refused_by_name(halted, more):
 def test_the_same_settings_and_harmless_ones_are_not(stopped, tmp_path):
     shutil.move(tmp_path / "words.jsonl", tmp_path / "moved.jsonl")
     shutil.move(tmp_path / "model", tmp_path / "elsewhere")
-    refused(stopped, "words.jsonl is gone", "--model", str(tmp_path / "elsewhere"))
+    refused(stopped, "words.jsonl is gone; .* name it with --data", "--model",
+            str(tmp_path / "elsewhere"))
     resume(stopped, "--model", str(tmp_path / "elsewhere"), "--data", str(tmp_path / "moved.jsonl"),
            "--save-every", "1", "--keep", "1", "--device", "cpu", "--max-steps", "5", "--aux",
            "lora", "--lr", "5e-3", "--dtype", "auto", "--activation-checkpointing",
@@ -524,8 +534,12 @@ def test_another_model_or_other_data_are_refused_by_name(stopped, tmp_path):
         file = tmp_path / name
         whole = file.read_bytes()
         file.write_bytes(whole + b" ")
-        refused(stopped, f"{file.name} has changed since the run began")
+        refused(stopped, f"{file.name} has changed")
         file.write_bytes(whole)
+    template = tmp_path / "model" / "chat_template.jinja"  # a file of its own would be read first
+    template.write_text("")
+    refused(stopped, "chat_template.jinja has appeared")
+    template.unlink()
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights")
     refused(stopped, "model.safetensors is gone")
 
@@ -664,6 +678,13 @@ def test_verify_says_what_is_no_longer_what_it_was(stopped, tmp_path, capsys):
         with pytest.raises(ValueError, match=named):
             train.main(["--verify", str(stopped)])
         file.write_bytes(whole)
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("")
+    with pytest.raises(ValueError, match="model: chat_template.jinja has appeared"):
+        train.main(["--verify", str(stopped)])
+    template.unlink()
+    (tmp_path / "model" / "README.md").write_text("nobody reads it")
+    train.main(["--verify", str(stopped)])
     (stopped / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="adapter_config.json is gone"):
         train.main(["--verify", str(stopped)])

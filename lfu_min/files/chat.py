@@ -1,9 +1,11 @@
 """Conversations -> ids: the chat templates that instruct models were taught. A template is pieces,
-and no text between its control tokens becomes one. data.py calls it.
+and no text between its control tokens becomes one, but for the marks of an assistant's thought at
+the beginning of a message. data.py calls it.
 
 A conversation is a list of {"role": ..., "content": ...}, or one question as a str. Verified in
 tests/test_chat.py: the ids of transformers' apply_chat_template, of real and made-up tokenizers.
 """
+import re
 from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant")
@@ -16,39 +18,60 @@ class Chat(NamedTuple):
     between: tuple  # behind each of these
     reply: tuple  # of the answer; a prompt ends within it, where the content begins
     trim: object = str  # what is done to a content; str leaves it alone
+    thoughtful: tuple = ()  # of an answer that begins with a thought, where the tokenizer has one
 
 
 _TURN = ("<|im_start|>", "{role}\n{content}", "<|im_end|>")
+_THOUGHT = ("<|im_start|>", "{role}\n", "<think>", "\n{thought}\n", "</think>", "\n\n{content}",
+            "<|im_end|>")
 _HEADER = ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{content}", "<|eot_id|>")
 CHAT = {
-    "chatml": Chat((), _TURN, ("\n",), _TURN),  # SmolLM2-Instruct, Qwen 2.5
-    "qwen3": Chat((), _TURN, ("\n",), ("<|im_start|>", "{role}\n", "<think>", "\n\n", "</think>",
-                                       "\n\n{content}", "<|im_end|>")),  # it does not think
+    "chatml": Chat((), _TURN, ("\n",), _TURN, thoughtful=_THOUGHT),  # SmolLM2-Instruct, Qwen
+    "qwen3": Chat((), _TURN, ("\n",), _THOUGHT, thoughtful=_THOUGHT),  # the thought may be empty
     "llama3": Chat(("<|begin_of_text|>",), _HEADER, (), _HEADER, str.strip),
 }
 
 
 def chat_ids(tokenizer, messages, template, answer=None):
     """The ids of a conversation up to where the assistant speaks next; with an answer (str), up to
-    its end. Raises ValueError where the tokenizer lacks a control token of the template."""
+    its end. Raises ValueError where the tokenizer lacks a control token of the template.
+
+    Where the tokenizer has <think> and </think>, as Qwen 3's, an answer that begins with "<think>
+    ... </think>" gets these tokens, and thoughts in earlier messages are left out, as in its own
+    template.
+    """
     if isinstance(messages, str):
         messages = [dict(role="user", content=messages)]
     if tokenizer.system and messages[0]["role"] != "system":  # as the model's own template does
         messages = [dict(role="system", content=tokenizer.system), *messages]
     chat = CHAT[template]
+    thinks = chat.thoughtful and {"<think>", "</think>"} <= tokenizer.control.keys()
     ids = _ids(tokenizer, template, chat.front)
     for message in messages:
+        if thinks and message["role"] == "assistant":
+            message = message | {"content": split_thought(message["content"])[1]}
         ids += _ids(tokenizer, template, chat.turn + chat.between, **message)
     if answer is None:
         return ids + _ids(tokenizer, template, chat.reply[:-1])
-    return ids + _ids(tokenizer, template, chat.reply, content=answer)
+    thought, content = split_thought(answer) if thinks else (None, answer)
+    reply = chat.reply if thought is None else chat.thoughtful
+    if reply is chat.thoughtful:
+        content = content.lstrip("\n")
+    return ids + _ids(tokenizer, template, reply, content=content, thought=thought or "")
 
 
-def _ids(tokenizer, template, pieces, role="assistant", content=""):
+def split_thought(content):
+    """(thought, what follows) of a text that begins with "<think> ... </think>", without the line
+    breaks around both; (None, the text) of any other."""
+    found = re.match(r"\s*<think>\n*(.*?)\n*</think>\n*", content, re.DOTALL)
+    return (found[1], content[found.end():]) if found else (None, content)
+
+
+def _ids(tokenizer, template, pieces, role="assistant", content="", thought=""):
     ids, content = [], CHAT[template].trim(content)
     for piece in pieces:
         if not piece.startswith("<"):
-            ids += tokenizer.encode(piece.format(role=role, content=content))
+            ids += tokenizer.encode(piece.format(role=role, content=content, thought=thought))
         elif piece in tokenizer.control:
             ids.append(tokenizer.control[piece])
         else:

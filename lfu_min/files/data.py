@@ -73,7 +73,7 @@ def prompt_ids(tokenizer, prompt, template="plain"):
             a BOS
     chatml, qwen3, llama3   a chat: what transformers' apply_chat_template gives with
             add_generation_prompt (qwen3: and enable_thinking=False). Contents never become control
-            tokens. ValueError where the tokenizer lacks one that the template needs.
+            tokens, see chat.py. ValueError where the tokenizer lacks one that the template needs.
     """
     if template in CHAT:
         return chat_ids(tokenizer, prompt, template)

@@ -25,24 +25,37 @@ def file_hash(path):
     return found.hexdigest()
 
 
-def model_hashes(folder):
-    """{file name: SHA-256} of a Hugging Face folder's configuration, weights and tokenizer."""
+def model_files(folder):
+    """Names of the files in a Hugging Face folder that are read: configuration, weights, tokenizer.
+    """
     folder = Path(folder)
     weights = sorted({file.name for file, _ in stored_weights(folder).values()})
     names = ["config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *weights]
-    return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
+    return [name for name in names if (folder / name).is_file()]
 
 
-def adapter_hashes(folder):
-    """{file name: SHA-256} of what a run saves: an adapter, or a whole model."""
-    if not (Path(folder) / ADAPTER_FILES[0]).is_file():
-        return model_hashes(folder)
-    return {name: file_hash(Path(folder) / name) for name in ADAPTER_FILES}
+def model_hashes(folder):
+    """{file name: SHA-256} of a Hugging Face folder's configuration, weights and tokenizer."""
+    return hash_files(folder, model_files(folder))
 
 
-def changed(recorded, folder):
+def saved_files(folder):
+    """Names of the files that a run saved: an adapter's, or those of a whole model."""
+    found = [name for name in ADAPTER_FILES if (Path(folder) / name).is_file()]
+    return found or model_files(folder)
+
+
+def hash_files(folder, names):
+    """{file name: SHA-256} of these files of a folder."""
+    return {name: file_hash(Path(folder) / name) for name in names}
+
+
+def changed(recorded, folder, read=lambda folder: ()):
     """[(file name, what happened to it), ...] of the files in {file name: SHA-256} that are no
-    longer what was recorded, and of nothing else."""
+    longer what was recorded, or, if they all are, of those that would be read beside them.
+
+    read: model_files, or saved_files.
+    """
     found = []
     for name, value in recorded.items():
         file = Path(folder) / name
@@ -50,4 +63,4 @@ def changed(recorded, folder):
             found.append((name, "is gone"))
         elif file_hash(file) != value:
             found.append((name, "has changed"))
-    return found
+    return found or [(name, "has appeared") for name in read(folder) if name not in recorded]

@@ -80,7 +80,8 @@ def other_base(base, runs):
     in its settings.json."""
     return [f"note: {run.name} was trained from other files than {base}'s: {what[0][0]} "
             f"{what[0][1]}" for run in runs
-            if (what := hashes.changed(run.settings.get("model_sha256") or {}, base))]
+            if (recorded := run.settings.get("model_sha256"))
+            and (what := hashes.changed(recorded, base, hashes.model_files))]
 
 
 def read_settings(file):

@@ -9,6 +9,7 @@ seed and the step (loop.plan_step). Written under another name, brought to disk,
 that what is called step-... is whole. Verified in tests/test_resume.py: a run that was interrupted
 and resumed is the uninterrupted one, bit for bit.
 """
+from contextlib import contextmanager, suppress
 import os
 from pathlib import Path
 import re
@@ -93,6 +94,21 @@ class Checkpoints:
                 print(f"stopped after step {step}; go on with: {self.command()}", file=sys.stderr,
                       flush=True)
             sys.exit(code)
+
+    @contextmanager
+    def or_else(self):
+        """A ValueError in the block, of saving what was trained, leaves a checkpoint of it, where
+        one can be written, and says how to go on."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.s.shard:  # in parts, all processes would have to write it
+                with suppress(ValueError):
+                    self.save(self.s.steps)
+            last = latest(self.out)
+            raise ValueError(f"{error}; the run is not finished, " + (
+                f"its last checkpoint is {last.name}: {self.command()}" if last else
+                "and has no checkpoint to go on from: train again")) from None
 
     def command(self):
         """The command line that goes on with this run."""

@@ -123,34 +123,27 @@ def check_same(s):
         raise ValueError(f"{s.resume} runs with {recorded['processes']} processes, not "
                          f"{s.processes}: torchrun --nproc-per-node {recorded['processes']}")
     for what in problems(recorded, s.model, s.data):
-        raise ValueError(f"--resume {s.resume}: {what} since the run began")
+        raise ValueError(f"--resume {s.resume}: not as the run began: {what}")
 
 
 def problems(recorded, model, file):
     """["data path/to/my.jsonl has changed", ...], of the files of the model and the data's file."""
-    found = [f"model {model}: {name} {what}"
-             for name, what in hashes.changed(recorded["model_sha256"], model)]
-    name, parent = Path(file).name, Path(file).parent
-    return found + [f"data {file} {what}"
-                    for _, what in hashes.changed({name: recorded["data_sha256"]}, parent)]
+    found = [f"{flag} {path} is gone; if it lies elsewhere now, name it with --{flag}"
+             for flag, path in (("model", model), ("data", file)) if not Path(path).exists()]
+    if Path(model).exists():
+        changed = hashes.changed(recorded["model_sha256"], model, hashes.model_files)
+        found += [f"model {model}: {name} {what}" for name, what in changed]
+    if Path(file).exists() and hashes.file_hash(file) != recorded["data_sha256"]:
+        found.append(f"data {file} has changed")
+    return found
 
 
 def finish(s, out):
     """Record the hashes of what was saved: from here on the run is finished. Its checkpoints are
     removed, unless --keep says how many stay."""
-    recorded = read_json(out / "settings.json")
-    write_json(out / "settings.json", {**recorded, "saved_sha256": hashes.adapter_hashes(out)})
+    recorded, saved = read_json(out / "settings.json"), hashes.saved_files(out)
+    write_json(out / "settings.json", {**recorded, "saved_sha256": hashes.hash_files(out, saved)})
     tidy(s, out)
-
-
-@contextmanager
-def last_words(out):
-    """A ValueError in the block, of saving, also says how what was trained is saved after all."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error}; the run is not finished: python train.py --resume {out} goes "
-                         "on from its last checkpoint") from None
 
 
 def tidy(s, out):
@@ -193,8 +186,10 @@ def verify(run, model=None, file=None):
     model, file = model or here(recorded["model"]), file or here(recorded["data"])
     wrong = problems(recorded, model, file)
     saved = recorded["saved_sha256"]
-    wrong += [f"adapter: {name} {what}" for name, what in hashes.changed(saved, run)]
-    if not saved:
+    if saved:
+        wrong += [f"adapter: {name} {what}"
+                  for name, what in hashes.changed(saved, run, hashes.saved_files)]
+    else:
         wrong.append("adapter: there is none yet, the run has not finished")
     if wrong:
         raise ValueError(f"{run}: " + "; ".join(wrong))
