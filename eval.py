@@ -244,9 +244,9 @@ def main(argv=None):
     loaded = models.each_model(base, runs, device, dtype)
     panels, examples = {step.panel: {} for step in todo}, {}
 
-    def write(table, finished):
+    def write(results, finished):
         jsons.write_json(s.json, dict(
-            finished=finished, results=flat(table), runs={run.name: run.settings for run in runs},
+            finished=finished, results=results, runs={run.name: run.settings for run in runs},
             settings={**vars(s), "base": base, "templates": templates, **system.environment()},
             examples=[dict(run=run, task=task, outputs=rows) for run, by_task in examples.items()
                       for task, rows in by_task.items()]))
@@ -254,7 +254,7 @@ def main(argv=None):
     try:
         for _ in measure(s, todo, loaded, tokenizer, templates, panels, examples):
             if s.json:  # what is done outlives whatever ends this
-                write(by_run(panels, runs), finished=False)
+                write(flat(by_run(panels, runs)), finished=False)
     except BaseException:
         if done := by_run(panels, runs):
             print(f"\nnot finished; so far:\n{tables.text(done)}", flush=True)
@@ -270,12 +270,12 @@ def main(argv=None):
         print("\n" + tables.verdict(examples, runs))
     print(f"({system.duration(time.time() - started)})")
     if s.json:
-        write(table, finished=True)
+        write(flat(table, columns), finished=True)
         print(f"wrote {s.json}")
     if s.plot:
         pictures.results(s.plot, panels, columns)
         print(f"wrote {s.plot} and {Path(s.plot).with_suffix('.pdf')}")
-    return flat(table)
+    return flat(table, columns)
 
 
 def by_run(panels, runs):
@@ -285,9 +285,15 @@ def by_run(panels, runs):
     return {name: results for name, results in found.items() if results}
 
 
-def flat(table):
-    """{column: results} as a list of dictionaries."""
-    return [dict(run=name, **r._asdict()) for name, results in table.items() for r in results]
+def flat(table, columns=None):
+    """{column: results} as a list of dictionaries. Over several runs of a column, {column: [run,
+    ...]}, what is called stderr elsewhere is called sd."""
+    found = []
+    for name, results in table.items():
+        error = "sd" if len((columns or {}).get(name, ())) > 1 else "stderr"
+        found += [{"run": name, **{error if field == "stderr" else field: value
+                                   for field, value in r._asdict().items()}} for r in results]
+    return found
 
 
 def measure(s, todo, loaded, tokenizer, templates, panels, examples):

@@ -196,7 +196,8 @@ def test_over_seeds_prints_and_draws_means(run, flags, tmp_path, capsys):
     assert {r["run"] for r in flat} == {"base", "LfU-lora"}
     same = [r for r in flat if r["run"] == "LfU-lora" and r["metric"] != "rank"]
     # twice the same weights: no spread
-    assert all(r["stderr"] == pytest.approx(0, abs=1e-12) for r in same)
+    assert all(r["sd"] == pytest.approx(0, abs=1e-12) and "stderr" not in r for r in same)
+    assert all("stderr" in r for r in flat if r["run"] == "base"), "one run: over its examples"
     assert "seeds: LfU-lora 7, 8" in capsys.readouterr().out and drawn(tmp_path)
 
 
@@ -294,6 +295,15 @@ def test_a_model_that_gives_nan_gets_no_scores(run, flags, words, monkeypatch):
     monkeypatch.setattr(models, "load_adapter", overflowing)
     with pytest.raises(ValueError, match=f"^{run}, {words}"):
         script.main([str(run), *flags, "--limit", "2", "--max-new-tokens", "2"])
+
+
+def test_an_adapter_that_does_not_fit_is_found_before_anything_is_measured(run, tmp_path, capsys):
+    broken = a_run_like(run, tmp_path / "broken")
+    file = broken / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(r=3)))
+    with pytest.raises(ValueError, match="broken does not fit the model: .* has shape"):
+        script.main([str(run), str(broken), "--limit", "2"])
+    assert "not finished" not in capsys.readouterr().out, "nothing was measured"
 
 
 def test_answers_side_by_side(run, capsys, monkeypatch):

@@ -223,6 +223,22 @@ def test_target_modules_may_be_a_pattern_and_keys_peft_in_memory_names(tmp_path,
                        logits_of(ours, random_ids()))
 
 
+def test_target_modules_may_be_whole_names_as_peft_writes_them_for_few_layers(tmp_path):
+    """Of all layers; names of some alone are refused, by what is then missing."""
+    ours, theirs = pair(dict(target_modules=("q_proj", "down_proj")), num_hidden_layers=2)
+    theirs.save_pretrained(tmp_path)
+    names = [name for name, _ in lora_modules(ours)]
+    edit_config(tmp_path, target_modules=names)
+    assert torch.equal(logits_of(load_adapter(tiny_model(num_hidden_layers=2), tmp_path),
+                                 random_ids()), logits_of(ours, random_ids()))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: t for key, t in tensors.items() if "layers.1" not in key},
+              tmp_path / "adapter_model.safetensors")
+    edit_config(tmp_path, target_modules=names[:2])
+    with pytest.raises(ValueError, match="does not fit the model: missing base_model.*layers.1"):
+        load_adapter(tiny_model(num_hidden_layers=2), tmp_path)
+
+
 # ---- adapters that do not fit ----
 
 def edit_config(folder, **changes):
@@ -249,7 +265,8 @@ def edit_config(folder, **changes):
     ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"use_qalora": True}, "use_qalora = True"), ({"lora_alpha": "16"}, "lora_alpha = '16'"),
-    ({"lora_alpha": -16}, "lora_alpha = -16"),
+    ({"lora_alpha": -16}, "lora_alpha = -16"), ({"r": 0}, "adapter_config.json: r = 0"),
+    ({"target_modules": []}, "lacks target_modules"),
 ], ids=lambda value: "" if isinstance(value, str) else "-".join(value))
 def test_adapters_of_another_kind_are_refused_by_name_and_the_model_left_alone(tmp_path, changes,
                                                                                named):

@@ -688,6 +688,9 @@ def test_verify_says_what_is_no_longer_what_it_was(stopped, tmp_path, capsys):
     (stopped / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="adapter_config.json is gone"):
         train.main(["--verify", str(stopped)])
+    for more in ("--lam=3", f"--resume={stopped}", "--out=x"):
+        with pytest.raises(ValueError, match=f"{more[:5]}.* has no part in --verify"):
+            train.main(["--verify", str(stopped), more])
 
 
 # ---- other processes ----

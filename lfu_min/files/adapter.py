@@ -58,6 +58,21 @@ def load_adapter(model, adapter_dir):
     Raises ValueError: not a plain LoRA adapter, or tensors that are missing, unexpected, of
     another shape or dtype, or not finite. The model is then as it was.
     """
+    config, targets, file = check_adapter(model, adapter_dir)
+    tensors = read_adapter_tensors(file)
+    remove_lora(model)
+    add_lora(model, config["r"], config["lora_alpha"], targets, generator=torch.Generator())
+    with torch.no_grad():
+        for name, module in lora_modules(model):
+            module.lora_A.copy_(tensors[file_key(name, "lora_A")])
+            module.lora_B.copy_(tensors[file_key(name, "lora_B")])
+    return model
+
+
+def check_adapter(model, adapter_dir):
+    """(config, target modules, file of the tensors) of a peft LoRA adapter that fits the model, by
+    its config and its tensors' names and shapes. Raises load_adapter's ValueErrors but that of
+    values."""
     adapter_dir = Path(adapter_dir)
     config = read_adapter_config(adapter_dir)
     file = adapter_dir / "adapter_model.safetensors"
@@ -68,25 +83,20 @@ def load_adapter(model, adapter_dir):
     targets = config["target_modules"]
     if isinstance(targets, str):  # "all-linear" or a pattern: the file's keys say which
         targets = {key.split(".")[-3] for key in shapes if key.count(".") > 2}
-    if not isinstance(targets, (list, set)) or not all(t in TARGET_MODULES for t in targets):
+    # whole names of modules, as peft writes them for few layers: each layer's must be in the file
+    leaves = isinstance(targets, (list, set)) and {str(t).rpartition(".")[2] for t in targets}
+    if not leaves or not leaves <= set(TARGET_MODULES):
         raise ValueError(f"{adapter_dir}: target_modules {short(targets)}: known are "
                          f"{', '.join(TARGET_MODULES)}")
     wanted = {}  # key in the file -> expected shape
     for name, linear in model.named_modules():
-        if isinstance(linear, Linear) and name.rpartition(".")[2] in targets:
+        if isinstance(linear, Linear) and name.rpartition(".")[2] in leaves:
             wanted[file_key(name, "lora_A")] = (config["r"], linear.in_features)
             wanted[file_key(name, "lora_B")] = (linear.out_features, config["r"])
     check_shapes(shapes, wanted, f"{adapter_dir} does not fit the model")
     if not wanted:
         raise ValueError(f"{adapter_dir}: target_modules names no module of the model")
-    tensors = read_adapter_tensors(file)
-    remove_lora(model)
-    add_lora(model, config["r"], config["lora_alpha"], tuple(targets), generator=torch.Generator())
-    with torch.no_grad():
-        for name, module in lora_modules(model):
-            module.lora_A.copy_(tensors[file_key(name, "lora_A")])
-            module.lora_B.copy_(tensors[file_key(name, "lora_B")])
-    return model
+    return config, tuple(leaves), file
 
 
 def file_key(name, leaf):
@@ -108,10 +118,14 @@ def read_adapter_config(adapter_dir):
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
         raise ValueError(f"{file}: init_lora_weights = {short(config['init_lora_weights'])} "
                          "changes the base weights, which is not implemented")
-    lacking = [name for name in ("r", "lora_alpha", "target_modules") if not config.get(name)]
+    lacking = [name for name in ("r", "lora_alpha", "target_modules")
+               if config.get(name) in (None, "", [])]
     if lacking:
         raise ValueError(f"{file} lacks {', '.join(lacking)}")
-    check_rank(config["r"], config["lora_alpha"])
+    try:
+        check_rank(config["r"], config["lora_alpha"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return config
 
 

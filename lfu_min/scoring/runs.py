@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..bundled import BUNDLED, here
 from ..engine.system import spare_threads
 from ..files import hashes
-from ..files.adapter import load_adapter
+from ..files.adapter import check_adapter, load_adapter
 from ..files.checkpoint import load_model
 from ..files.data import TEMPLATES
 from ..files.jsons import read_json, short
@@ -22,6 +22,7 @@ ASIDE = {"seed", "method", "aux", "model", "data", "out", "device", "activation_
          "git_commit", "save_every", "keep", "eval_data", "eval_data_sha256", "resume", "verify",
          "resumed", "model_sha256", "saved_sha256"}
 LFU = {"lam", "alpha", "layers", "move", "compare"}  # nor these, where there is no LfU
+ADAPTER = "adapter_config.json"
 
 
 class Run(NamedTuple):
@@ -53,7 +54,7 @@ def find_runs(names, model=None):
         folder = Path(name)
         if not folder.is_dir():
             raise ValueError(f"{name} is not a folder; a run is a folder that train.py wrote")
-        adapter, settings = folder / "adapter_config.json", folder / "settings.json"
+        adapter, settings = folder / ADAPTER, folder / "settings.json"
         if settings.is_file() and not read_json(settings).get("saved_sha256", True):
             raise ValueError(f"{name} has not finished: python train.py --resume {name}")
         if not adapter.is_file() and not (folder / "config.json").is_file():
@@ -104,13 +105,17 @@ def read_settings(file):
 
 def each_model(base, runs, device, dtype):
     """Yields (run, model): the base's weights stay, adapters come and go, and a fully trained model
-    is in memory beside the base, one at a time."""
+    is in memory beside the base, one at a time. Raises ValueError for an adapter that does not fit
+    the base, before anything is yielded."""
     model = load_model(base, device, dtype)
     spare_threads(sum(p.numel() for p in model.parameters()))
+    adapters = [run for run in runs if run.folder and (run.folder / ADAPTER).is_file()]
+    for run in adapters:
+        check_adapter(model, run.folder)
     for run in runs:
         if run.folder is None:
             yield run, model
-        elif (run.folder / "adapter_config.json").is_file():
+        elif run in adapters:
             yield run, load_adapter(model, run.folder)
             remove_lora(model)
         else:

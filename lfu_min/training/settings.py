@@ -108,6 +108,10 @@ def get_settings(argv=None):
     s = parser().parse_args(argv)
     system.check_not_empty(s)
     if s.verify:
+        usual = vars(parser().parse_args([]))
+        for name in sorted(usual.keys() - {"verify", "model", "data"}):
+            if getattr(s, name) != usual[name]:
+                raise ValueError(f"{system.flag(name)} has no part in --verify; leave one out")
         return s
     if s.resume:
         s = settings_of_run(s.resume, argv)
