@@ -49,7 +49,7 @@ def settings(files, *more):
 def s(files):
     """What real.main parses."""
     return SimpleNamespace(model=str(BUNDLED), files=files, runs=files / "runs", jobs=1, threads=1,
-                           seeds=[0, 1], recorded=False)
+                           seeds=[0, 1], recorded=False, epochs=1)
 
 
 def test_train_py_takes_every_row_and_examples_are_apart(s):
@@ -71,7 +71,12 @@ def test_train_py_takes_every_row_and_examples_are_apart(s):
         assert len(drawn[0]) == 5 and drawn[0] != drawn[1]
     folders = {real.job(setting, 0, name, s)[1] for name in real.NAMES
                for setting in real.METHODS.values()}
-    assert len(folders) == len(real.NAMES) * len(real.METHODS), "no run stands for another"
+    s.epochs = 3
+    flags, folder, _ = real.job(real.METHODS["SFT"], 0, "dolly", s)
+    assert flags["epochs"] == 3 and "epochs=3" in folder.name
+    assert real.tuning("dolly", s)["5e-4"][0]["epochs"] == 1
+    assert len({folder, *folders}) == len(real.NAMES) * len(real.METHODS) + 1, (
+        "no run stands for another")
 
 
 def test_examples_longer_than_max_len_are_in_no_part(s, monkeypatch):
@@ -152,8 +157,16 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
         2 * 3 + 4 * 2 + 1 + 3)  # and what the first seed solved
     record = files / "out" / jobs.RECORD
     every = record.read_text()
+    honest = jobs.measured
     monkeypatch.setattr(jobs, "measured", None)  # would be called for a run that is missing
     assert real.main(settings(files)) == text
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "measured", honest)
+        more = real.main(settings(files, "--epochs", "2", "--methods", "SFT"))
+    assert (files / "out" / "real_gsm8k_2_epochs.md").read_text() == more
+    assert "--seeds 0,1 --methods 'SFT' --epochs 2\n" in more and "LfU" not in more
+    assert len(record.read_text().splitlines()) == len(every.splitlines()) + 2 * 2 + 1
+    assert (files / "out" / "real_gsm8k.md").read_text() == text
     record.write_text("".join(line + "\n" for line in every.splitlines()
                               if "aux=lora" not in line or "seed=1" not in line))
     less = real.main(settings(files, "--recorded"))

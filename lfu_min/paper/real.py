@@ -5,8 +5,8 @@
 Fine-tunes once over 200 short examples of one data set (GSM8K or Dolly), then asks what was learned
 (nats a token of held-out answers) and what else was kept: PIQA, Wikipedia text, the other data set.
 SFT with a seed of its own chooses one of six learning rates for all methods: the one that is best
-on examples used for nothing else. Writes docs/results/real_NAME.md; an interrupted call goes on
-where it stopped when it is given again.
+on examples used for nothing else, after one pass. Writes docs/results/real_NAME.md (--epochs 3:
+real_NAME_3_epochs.md); an interrupted call goes on where it stopped when it is given again.
 
 --files has all of FILES, under these names.
 """
@@ -27,7 +27,7 @@ from .experiments import Experiment
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "dolly_3k.json", "piqa_valid.jsonl",
          "piqa_valid_labels.lst", "wikipedia_30.txt")
-EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens, each seen once
+EXAMPLES, BATCH, MAX_LEN = 200, 4, 128  # of at most MAX_LEN tokens
 VALIDATION, HELD_OUT, OTHERS, SOLVED, CHOICES, CHARACTERS = 100, 150, 100, 20, 200, 20_000
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 TUNING_SEED = 100  # used for nothing else
@@ -136,9 +136,11 @@ def job(setting, seed, name, s):
     chosen = random.Random(seed).sample(
         [row for _, row in jsons.read_records(own["train"])], EXAMPLES)
     file = jobs.data_file(s.runs / "data" / f"{name}-{seed}.jsonl", chosen)
-    words = {"examples": EXAMPLES, "batch-size": BATCH} | setting | {"seed": seed}
+    epochs = 1 if seed == TUNING_SEED else s.epochs
+    words = {"examples": EXAMPLES, "batch-size": BATCH} | setting | (
+        {"epochs": epochs} if epochs > 1 else {}) | {"seed": seed}
     folder = " ".join([s.runs.name, name, *(f"{k}={v}" for k, v in words.items())])
-    return ({"model": s.model, "data": file, "epochs": 1, "batch-size": BATCH, "accumulate": 1,
+    return ({"model": s.model, "data": file, "epochs": epochs, "batch-size": BATCH, "accumulate": 1,
              "max-len": MAX_LEN, "save-every": 10, "seed": seed} | setting,
             s.runs / folder, measure | {"log": measures.log})
 
@@ -160,6 +162,14 @@ def choose(name, s, record):
     return min(RATES, key=lambda lr: found[lr]["validation nll"])
 
 
+def some_methods(text):
+    """"SFT,LfU-lora" -> those of METHODS, for argparse."""
+    found = text.split(",")
+    if not set(found) <= METHODS.keys():
+        raise argparse.ArgumentTypeError(f"{text!r} should be some of {','.join(METHODS)}")
+    return {row: METHODS[row] for row in found}
+
+
 def main(argv=None):
     """Run what is missing of a name and write its page; returns its text."""
     p = system.Parser(prog="python -m lfu_min.paper.real", description=__doc__.split("\n\n")[0],
@@ -172,16 +182,19 @@ def main(argv=None):
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
     p.add_argument("--threads", type=int, default=1, help="CPU threads a run")
     p.add_argument("--seeds", type=jobs.seeds, default="0,1,2", help="training seeds")
+    p.add_argument("--epochs", type=int, default=1, help="passes over the examples")
+    p.add_argument("--methods", type=some_methods, default=",".join(METHODS),
+                   help="rows of the page, with commas")
     p.add_argument("--recorded", action="store_true",
                    help=f"run nothing: a page of what {jobs.RECORD} has")
     s = p.parse_args(argv)
-    system.check_positive(s, ("jobs", "threads"))
+    system.check_positive(s, ("jobs", "threads", "epochs"))
     record = s.out / jobs.RECORD
     s.runs = s.runs / identity(s.model, s.files)  # another model, or other files, are other runs
     best = choose(s.name, s, record)
     todo = {("base", None): job(None, s.seeds[0], s.name, s)} | {
         (row, seed): job(setting | {"lr": best}, seed, s.name, s)
-        for row, setting in METHODS.items() for seed in s.seeds} | {
+        for row, setting in s.methods.items() for seed in s.seeds} | {
         (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
     known = jobs.recorded(record)
     done = {key: (flags, folder, {measure: own[measure] for measure in own
@@ -192,8 +205,11 @@ def main(argv=None):
     for row, seed in todo:
         by.setdefault(row, []).append(found[row, seed])
     by = {row: numbers for row, numbers in by.items() if any(numbers)}
-    shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen once, in "
-             f"batches of {BATCH}; learning rate {best}. Measured on {HELD_OUT} held-out examples, "
+    seen = "once" if s.epochs == 1 else f"{s.epochs} times"
+    shows = (f"{NAMES[s.name]}. Examples have at most {MAX_LEN} tokens and are seen {seen}, in "
+             f"batches of {BATCH}; learning rate {best}"
+             + (", chosen for one pass" if s.epochs > 1 else "") +
+             f". Measured on {HELD_OUT} held-out examples, "
              f"{CHOICES} questions of PIQA, {CHARACTERS:,} characters of Wikipedia, {OTHERS} "
              f"examples of the other set; right: of {SOLVED} problems, by the last number of the "
              "reply, with one seed")
@@ -209,12 +225,16 @@ def main(argv=None):
     command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
     if s.seeds != jobs.seeds(p.get_default("seeds")):
         command += f" --seeds {','.join(map(str, s.seeds))}"
+    if s.methods != METHODS:
+        command += f" --methods '{','.join(s.methods)}'"
+    command += f" --epochs {s.epochs}" if s.epochs > 1 else ""
     command += " --recorded" if s.recorded else ""
-    text = report.page(f"real_{s.name}", experiment, by, s.seeds,
-                       {row: setting | {"lr": best} for row, setting in METHODS.items()
+    page = f"real_{s.name}" + (f"_{s.epochs}_epochs" if s.epochs > 1 else "")
+    text = report.page(page, experiment, by, s.seeds,
+                       {row: setting | {"lr": best} for row, setting in s.methods.items()
                         if row in by}, None,
                        command, jobs.machines(done, record))
-    jsons.write_text(s.out / f"real_{s.name}.md", text)
+    jsons.write_text(s.out / f"{page}.md", text)
     print(text)
     return text
 
