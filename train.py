@@ -69,7 +69,7 @@ def main(argv=None):
     with folder.locked(out), system.stop_signals() as stop:
         checkpoints = train(s, model, examples, layers, tokenizer.eos_id, out, team, stop,
                             validation)
-        with checkpoints.or_else():
+        with checkpoints.rescue():
             save(s, model, out)
     if runs_model:
         after = log.answers(model, tokenizer, asked, s.template)

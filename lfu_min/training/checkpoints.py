@@ -96,7 +96,7 @@ class Checkpoints:
             sys.exit(code)
 
     @contextmanager
-    def or_else(self):
+    def rescue(self):
         """A ValueError in the block, of saving what was trained, leaves a checkpoint of it, where
         one can be written, and says how to go on."""
         try:
