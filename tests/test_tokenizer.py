@@ -313,6 +313,9 @@ def test_bos_eos_and_size_come_from_the_files(tmp_path):
     with pytest.raises(ValueError, match="eos_token '</s>' of tokenizer_config.json is not in the "
                                          "vocabulary"):
         load(tmp_path, file, tokenizer_config={"eos_token": "</s>"})
+    for name in (5, ["</s>"], {"content": 5}):
+        with pytest.raises(ValueError, match="eos_token .* of tokenizer_config.json is not in the"):
+            load(tmp_path, file, tokenizer_config={"eos_token": name})
 
 
 @pytest.mark.parametrize("ids", [600, -1, [2, 600], "2", [None], True, 2.0])

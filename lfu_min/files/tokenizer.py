@@ -354,10 +354,10 @@ def _eos(tokenizer_config, generation_config, config, tokens):
     stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
     stop = [_known(i, "eos_token_id", tokens) for i in stop]
     name = tokenizer_config.get("eos_token")
-    name = name["content"] if isinstance(name, dict) else name
+    name = name.get("content") if isinstance(name, dict) else name
     if name is None:
         return dict(eos_id=stop[0] if stop else None, eos_ids=stop)
-    ids = [i for i, token in tokens.items() if token == name.encode()]
+    ids = [i for i, token in tokens.items() if isinstance(name, str) and token == name.encode()]
     if not ids:
         raise ValueError(f"eos_token {short(name)} of tokenizer_config.json is not in the "
                          "vocabulary")
