@@ -224,7 +224,8 @@ def test_h_moves_with_th_all_the_same(aux):
     (h, h_aux), (h_after, h_aux_after) = both(at), both(after)
     of_h, of_h_aux = h_after - h, h_aux_after - h_aux
     print(f"{aux}: change of h {of_h.norm():.2e}, of h' {of_h_aux.norm():.2e}, "
-          f"of h' - h {(of_h_aux - of_h).norm():.2e}")
+          f"of h' - h {(of_h_aux - of_h).norm():.2e}; length of h' - h {(h_aux - h).norm():.3e}, "
+          f"then {(h_aux_after - h_after).norm():.3e}")
     assert (of_h_aux * (h_aux - h)).sum() < 0 and (of_h * (h_aux - h)).sum() < 0
     assert (of_h_aux - of_h).norm() < 0.05 * of_h.norm()
 
