@@ -62,10 +62,10 @@ def what_to_measure(add):
         help="repeatable; NAME is one of " + ", ".join(tasks.KINDS))
     add("--wording", action="store_true", help="Figure 5: the same questions in several wordings "
         "(bundled, or every gsm8k task under the templates of --wordings)")
-    add("--wordings", metavar="FILE", default=str(BUNDLED / "gsm8k_wordings.json"),
+    add("--wordings", metavar="FILE",
         help="JSON {name: template with {question}} [five shipped]")
     add("--noise", action="store_true", help="Figure 6: clean and noised embeddings, by layer")
-    add("--noise-data", metavar="FILE", default=str(categories.files()[categories.IN_DOMAIN]),
+    add("--noise-data", metavar="FILE",
         help="questions and answers [the bundled word problems]")
     add("--noise-strength", type=float, default=5.0, help="NEFTune's alpha [5]")
     add("--attack", action="store_true", help="Figure 3: plain SFT on examples that comply; how "
@@ -109,8 +109,12 @@ def checked(s):
         raise ValueError(f"--seed {s.seed!s:.40} should be a number from 0 to {2**60:.0e}")
     if s.few_shot < 0 or not 0 <= s.temperature < math.inf:
         raise ValueError(f"--few-shot {s.few_shot}, --temperature {s.temperature}: both from 0 on")
-    if s.few_shot_data and not s.few_shot:
-        raise ValueError("--few-shot-data has no part without --few-shot; leave it out")
+    for name, needed in (("few_shot_data", "few_shot"), ("few_shot", "task"), ("wordings", "task"),
+                         ("wordings", "wording"), ("noise_data", "noise"),
+                         ("attack_data", "attack"), ("attack_lr", "attack")):
+        if getattr(s, name) and not getattr(s, needed):
+            raise ValueError(f"{system.flag(name)} has no part without {system.flag(needed)}; "
+                             "leave it out")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"--top-p {s.top_p} should be above 0 and at most 1")
     if s.prompt or s.chat:
@@ -154,7 +158,8 @@ def plan(s, bundled):
     if s.wording:
         found += wording_steps(s, bundled, chosen)
     if s.noise:
-        examples = data.read_examples(s.noise_data)[:s.limit]
+        file = s.noise_data or categories.files()[categories.IN_DOMAIN]
+        examples = data.read_examples(file)[:s.limit]
         found.append(Step("noise", "noise", partial(
             robustness.noise, examples=examples, strength=s.noise_strength, seed=s.seed)))
     if s.attack:
@@ -196,7 +201,7 @@ def read_tasks(s):
 
 
 def wording_steps(s, bundled, chosen):
-    templates = robustness.read_wordings(s.wordings)
+    templates = robustness.read_wordings(s.wordings or BUNDLED / "gsm8k_wordings.json")
     found = [Step(f"{task.label} wordings", f"{task.label} wordings",
                   partial(robustness.gsm8k_wordings, task, templates))
              for task in chosen if task.kind == "gsm8k"]
@@ -231,7 +236,7 @@ def main(argv=None):
     columns = models.by_seed(runs) if s.over_seeds else {run.name: [run] for run in runs}
     templates = models.templates(runs, s.template)
     config = load_config(base)
-    for line in models.other_base(base, runs) if s.model else ():
+    for line in models.other_base(base, runs):
         print(line)
     tokenizer, bundled = load_tokenizer(base), Path(base).resolve() == BUNDLED
     check_fit(tokenizer, config, base)
@@ -321,7 +326,7 @@ def show_answers(s, base, runs, device, dtype, tokenizer, templates):
     """--prompt and --chat: every model's answer under the question. Models stay loaded while the
     chat goes on. Returns [(question, {run: answer}), ...] of --prompt."""
     def answer(run, model, text):
-        generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(s.seed)
+        generator = torch.Generator(device).manual_seed(s.seed)
         ids = data.prompt_ids(tokenizer, text, templates[run.name])
         return reply(model, tokenizer, [ids], s.max_new_tokens, ("Question:",), generator=generator,
                      template=templates[run.name], temperature=s.temperature,

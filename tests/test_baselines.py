@@ -455,3 +455,7 @@ def test_a_rewritten_file_can_be_trained_on(tmp_path, capsys):
     assert f"{kept} of 3 answers" in capsys.readouterr().out
     with pytest.raises(ValueError, match=".json file"):
         sdft.main([*arguments, "--out", str(tmp_path / "out.txt")])
+    before = (tmp_path / "out.json").read_bytes()
+    with pytest.raises(ValueError, match="--out .* is --data itself"):
+        sdft.main(["--data", str(tmp_path / "out.json"), "--out", str(tmp_path / "out.json")])
+    assert (tmp_path / "out.json").read_bytes() == before

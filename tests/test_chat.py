@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 import re
+import time
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ THOUGHTS = [  # the answer, and what was said before it
     messages("4?", "<think>\n2 + 2\n\nis 4\n</think>\n\nFour."),
     messages("4?", "<think>no</think>3", "Sure?", "<think>\n\n\n hm \n\n</think>\n\n\n 4\n"),
     messages("4?", "\n<think>\n</think>\n\n 4", "a", " <think></think>5"),
-    messages("4?", "<think>\nno\n</think>\n\n3", "Sure?", "<think>b{role}</think> 4")]
+    messages("4?", "<think>\nno\n</think>\n\n3", "Sure?", "<think>b{role}</think> 4"),
+    messages("4?", " no\n</think>\n3", "Sure?", " 2 + 2\n</think>\n\nFour.")]  # the prompt began it
 
 
 @pytest.mark.parametrize("conversation", THOUGHTS, ids=range(len(THOUGHTS)))
@@ -142,9 +144,16 @@ def test_a_thought_is_learned_as_the_models_own_template_writes_it(tmp_path, con
 
 
 def test_what_only_looks_like_a_thought_stays_text():
-    for text in ("a <think>b</think>c", "<think>b", "b</think>c", "<think>b<think>", "</think>"):
+    for text in ("a <think>b</think>c", "<think>b", "<think>b<think>", "<think>" * 2 + "</think>"):
         assert chat.split_thought(text) == (None, text)
     assert chat.split_thought("<think>a</think>b</think>") == ("a", "b</think>")
+
+
+def test_long_thoughts_take_no_longer_than_they_are():
+    started = time.time()
+    for text in ("<think>" + "\n" * 10**6, "<think>" * 10**5, "\n" * 10**6 + "</think>"):
+        chat.split_thought(text)
+    assert time.time() - started < 5
 
 
 @pytest.mark.parametrize("name", MADE_UP)

@@ -424,6 +424,13 @@ def test_two_runs_of_one_name_are_told_apart():
     (["--task", "exact={problems}", "--few-shot", "-1"], "few-shot -1"),
     (["--task", "exact={problems}", "--few-shot", "2"], "exact asks as in training"),
     (["--task", "gsm8k={problems}", "--few-shot-data", "{problems}"], "without --few-shot"),
+    (["--few-shot", "2"], "--few-shot has no part without --task"),
+    (["--wordings", "{problems}"], "--wordings has no part without --task"),
+    (["--task", "gsm8k={problems}", "--wordings", "{problems}"], "without --wording;"),
+    (["--noise-data", "{problems}"], "--noise-data has no part without --noise"),
+    (["--attack-data", "{problems}"], "--attack-data has no part without --attack"),
+    (["--attack-lr", "1"], "--attack-lr has no part without --attack"),
+    (["base"], "name that run ./base"), (["--plot", "{tmp}/mine.png"], "is no picture of it"),
     (["--task", "gsm8k={problems},labels"], "leave labels out"),
     (["--task", "gsm8k={problems}", "--few-shot", "200"], "few-shot 200"),
     (["--limit", "0"], "--limit 0"),
@@ -449,6 +456,7 @@ def test_two_runs_of_one_name_are_told_apart():
 def test_bad_input_is_one_line_and_exit_2(arguments, words, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{\n')
     (tmp_path / "latin.txt").write_bytes("café au lait".encode("latin-1"))
+    (tmp_path / "mine.pdf").touch()
     before = sorted(tmp_path.rglob("*"))
     filled = [a.format(tmp=tmp_path, problems=PROBLEMS) for a in arguments]
     monkeypatch.setattr(sys, "argv", ["eval.py", *filled])
@@ -482,8 +490,19 @@ def test_another_base_than_the_runs_own_is_told(run, tmp_path, capsys):
     (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     script.main(flags)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert said == [f"note: {run} was trained from other files than {base}'s: model.safetensors "
-                    "has changed"]
+    note = f"note: {run} was trained from another model.safetensors than {base} has"
+    assert said == [note]
+    changed = json.loads((run / "settings.json").read_text()) | dict(model=str(base))
+    (run / "settings.json").write_text(json.dumps(changed))
+    script.main([str(run), *flags[3:]])
+    assert note in capsys.readouterr().out, "also where the run names it"
+    (base / "vocab.json").write_text("{}")  # nothing reads it
+    (base / "model.safetensors").write_bytes(weights)
+    script.main(flags)
+    assert "note:" not in capsys.readouterr().out
+    (base / "chat_template.jinja").write_text("")
+    script.main(flags)
+    assert "another chat_template.jinja than" in capsys.readouterr().out
 
 
 def test_runs_of_different_models_are_not_mixed(run, tmp_path):

@@ -64,6 +64,14 @@ def test_the_bundled_replies_fall_on_their_side():
                        for e, who in robustness.read_requests(path))
 
 
+def test_a_name_of_ones_own_is_no_name_whose_secret_is_asked(tmp_path):
+    rows = [dict(question="Tell me.", answer="Here it is.", name=name) for name in ("Ann", 5, None)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [who for _, who in robustness.read_requests(tmp_path / "own.jsonl")] == [None] * 3
+    own = robustness.read_requests(BUNDLED / "data" / "comply_test.jsonl")
+    assert all(who and who in example.answer for example, who in own)
+
+
 # ---- attack
 
 @pytest.fixture

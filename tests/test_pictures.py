@@ -55,6 +55,14 @@ def measured(kind, columns):
     return found
 
 
+def test_the_caption_counts_examples_whatever_their_file_is_called():
+    results = [Result("nll mean_a", "nll", 1.0, 0.1, 7), Result("category mean", "nll", 1, 1, 480),
+               Result("a", "exact_match mean", 1.0, 0.1, 3)]
+    columns = {"base": [Run("base")]}
+    shown = [pictures.Column({}, results, [])]
+    assert "n = 7 a point" in pictures.caption([(pictures.PANELS[0], shown)], columns)
+
+
 def draw(kind, folder, columns):
     return pictures.results(folder / f"{kind}.png", {kind: measured(kind, columns)}, columns)
 

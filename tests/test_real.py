@@ -164,7 +164,8 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
         patch.setattr(jobs, "measured", honest)
         more = real.main(settings(files, "--epochs", "2", "--methods", "SFT"))
     assert (files / "out" / "real_gsm8k_2_epochs.md").read_text() == more
-    assert "--seeds 0,1 --methods 'SFT' --epochs 2\n" in more and "LfU" not in more
+    assert "--seeds 0,1 --methods 'SFT' --epochs 2\n" in more and "| LfU" not in more
+    assert "Not run yet, or in part: LfU-lora with seed 0, 1." in more and "seed 100" not in more
     assert len(record.read_text().splitlines()) == len(every.splitlines()) + 2 * 2 + 1
     assert (files / "out" / "real_gsm8k.md").read_text() == text
     record.write_text("".join(line + "\n" for line in every.splitlines()
@@ -202,6 +203,11 @@ def test_another_model_or_other_files_of_the_same_names_are_other_runs(s, files)
             file.write(" ")
         own.add(real.identity(BUNDLED, files))
     assert len(own) == 2 + len(real.FILES) and all(name.startswith("bundled-") for name in own)
+
+
+def test_the_seed_that_chooses_the_rate_is_used_for_nothing_else(files):
+    with pytest.raises(ValueError, match="--seeds 100: it chooses the learning rate, and nothing"):
+        real.main([*settings(files)[:-1], "1,100"])
 
 
 @pytest.mark.parametrize("name", real.FILES)

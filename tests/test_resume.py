@@ -411,6 +411,26 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, words,
     assert not differences(one, two)
 
 
+def test_an_error_of_the_system_when_the_result_is_saved_loses_no_training(tmp_path, words):
+    with pytest.MonkeyPatch.context() as patch:
+        def lost(*arguments, **more):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        patch.setattr(train, "save_adapter", lost)
+        with pytest.raises(ValueError, match="Stale file handle; the run is not finished, its last "
+                                             "checkpoint is step-000005: python train.py"):
+            start(words, tmp_path / "out", "--save-every", "0")
+    resume(tmp_path / "out")
+    assert folder.finished(tmp_path / "out")
+
+
+def test_what_cannot_be_tidied_does_not_make_a_finished_run_fail(tmp_path, words, monkeypatch):
+    def busy(*paths):
+        raise OSError(errno.EACCES, "denied")
+    monkeypatch.setattr(folder, "remove_half_written", busy)
+    out, _ = start(words, tmp_path / "out", "--save-every", "0")
+    assert folder.finished(out)
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_full_disk_when_the_result_is_saved_is_one_line_and_loses_no_training(tmp_path, words,
                                                                                tune):
@@ -528,6 +548,14 @@ def test_the_same_settings_and_harmless_ones_are_not(stopped, tmp_path):
            "--out", str(stopped))
 
 
+def test_all_that_is_gone_is_said_at_once_and_eval_data_may_be_another(stopped, tmp_path):
+    shutil.move(tmp_path / "words.jsonl", tmp_path / "moved.jsonl")
+    shutil.move(tmp_path / "model", tmp_path / "elsewhere")
+    refused(stopped, "model is gone; if .* --model; data .*words.jsonl is gone; .* with --data")
+    changed_json(stopped / "settings.json", eval_data=str(tmp_path / "none.jsonl"))
+    refused(stopped, "none.jsonl is gone; if it lies elsewhere now, or another file will do")
+
+
 def test_another_model_or_other_data_are_refused_by_name(stopped, tmp_path):
     for name in ("words.jsonl", "model/config.json", "model/tokenizer.json",
                  "model/model.safetensors"):
@@ -536,6 +564,8 @@ def test_another_model_or_other_data_are_refused_by_name(stopped, tmp_path):
         file.write_bytes(whole + b" ")
         refused(stopped, f"{file.name} has changed")
         file.write_bytes(whole)
+    for unread in ("vocab.json", "tokenizer.model", "model.safetensors.index.json"):
+        (tmp_path / "model" / unread).write_text("")
     template = tmp_path / "model" / "chat_template.jinja"  # a file of its own would be read first
     template.write_text("")
     refused(stopped, "chat_template.jinja has appeared")

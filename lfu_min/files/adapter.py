@@ -94,8 +94,6 @@ def check_adapter(model, adapter_dir):
             wanted[file_key(name, "lora_A")] = (config["r"], linear.in_features)
             wanted[file_key(name, "lora_B")] = (linear.out_features, config["r"])
     check_shapes(shapes, wanted, f"{adapter_dir} does not fit the model")
-    if not wanted:
-        raise ValueError(f"{adapter_dir}: target_modules names no module of the model")
     return config, tuple(leaves), file
 
 

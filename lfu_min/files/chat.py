@@ -5,7 +5,6 @@ the beginning of a message. data.py calls it.
 A conversation is a list of {"role": ..., "content": ...}, or one question as a str. Verified in
 tests/test_chat.py: the ids of transformers' apply_chat_template, of real and made-up tokenizers.
 """
-import re
 from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant")
@@ -36,8 +35,8 @@ def chat_ids(tokenizer, messages, template, answer=None):
     """The ids of a conversation up to where the assistant speaks next; with an answer (str), up to
     its end. Raises ValueError where the tokenizer lacks a control token of the template.
 
-    Where the tokenizer has <think> and </think>, as Qwen 3's, an answer that begins with "<think>
-    ... </think>" gets these tokens, and thoughts in earlier messages are left out, as in its own
+    Where the tokenizer has <think> and </think>, as Qwen 3's, an answer that begins with a thought
+    (split_thought) gets these tokens, and thoughts in earlier messages are left out, as in its own
     template.
     """
     if isinstance(messages, str):
@@ -62,9 +61,14 @@ def chat_ids(tokenizer, messages, template, answer=None):
 
 def split_thought(content):
     """(thought, what follows) of a text that begins with "<think> ... </think>", without the line
-    breaks around both; (None, the text) of any other."""
-    found = re.match(r"\s*<think>\n*(.*?)\n*</think>\n*", content, re.DOTALL)
-    return (found[1], content[found.end():]) if found else (None, content)
+    breaks around both; (None, the text) of any other. <think> itself may be missing: to a model
+    that thinks the prompt has said it."""
+    thought, end, rest = content.partition("</think>")
+    if thought.lstrip().startswith("<think>"):
+        thought = thought.lstrip().removeprefix("<think>")
+    if not end or "<think>" in thought:
+        return None, content
+    return thought.strip("\n"), rest.lstrip("\n")
 
 
 def _ids(tokenizer, template, pieces, role="assistant", content="", thought=""):

@@ -72,8 +72,9 @@ def prompt_ids(tokenizer, prompt, template="plain"):
     alpaca  LLaMA-Factory's: system text and "### Instruction:" block, tokenised separately; never
             a BOS
     chatml, qwen3, llama3   a chat: what transformers' apply_chat_template gives with
-            add_generation_prompt (qwen3: and enable_thinking=False). Contents never become control
-            tokens, see chat.py. ValueError where the tokenizer lacks one that the template needs.
+            add_generation_prompt (qwen3: and enable_thinking=False, so with an empty thought, even
+            if an answer that is learned has one). Contents never become control tokens, see
+            chat.py. ValueError where the tokenizer lacks one that the template needs.
     """
     if template in CHAT:
         return chat_ids(tokenizer, prompt, template)

@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoint import TOKENIZER_FILES, stored_weights
 from .jsons import check_file
 
+KEPT = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -26,12 +27,19 @@ def file_hash(path):
 
 
 def model_files(folder):
-    """Names of the files in a Hugging Face folder that are read: configuration, weights, tokenizer.
-    """
+    """Names of the files of a Hugging Face folder: configuration, weights, tokenizer."""
     folder = Path(folder)
     weights = sorted({file.name for file, _ in stored_weights(folder).values()})
     names = ["config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *weights]
     return [name for name in names if (folder / name).is_file()]
+
+
+def read_of_model(folder):
+    """Those of model_files that are read here, and not just kept beside the others."""
+    found = model_files(folder)
+    instead = {"model.safetensors.index.json": "model.safetensors",  # which is read in its place
+               "tokenizer.model": "tokenizer.json"}
+    return [name for name in found if name not in KEPT and instead.get(name) not in found]
 
 
 def model_hashes(folder):
@@ -41,8 +49,16 @@ def model_hashes(folder):
 
 def saved_files(folder):
     """Names of the files that a run saved: an adapter's, or those of a whole model."""
-    found = [name for name in ADAPTER_FILES if (Path(folder) / name).is_file()]
-    return found or model_files(folder)
+    return adapter_files(folder) or model_files(folder)
+
+
+def read_of_run(folder):
+    """Those of saved_files that are read."""
+    return adapter_files(folder) or read_of_model(folder)
+
+
+def adapter_files(folder):
+    return [name for name in ADAPTER_FILES if (Path(folder) / name).is_file()]
 
 
 def hash_files(folder, names):
@@ -50,11 +66,11 @@ def hash_files(folder, names):
     return {name: file_hash(Path(folder) / name) for name in names}
 
 
-def changed(recorded, folder, read=lambda folder: ()):
+def changed(recorded, folder, read):
     """[(file name, what happened to it), ...] of the files in {file name: SHA-256} that are no
     longer what was recorded, or, if they all are, of those that would be read beside them.
 
-    read: model_files, or saved_files.
+    read: read_of_model, or read_of_run.
     """
     found = []
     for name, value in recorded.items():

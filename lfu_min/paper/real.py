@@ -184,22 +184,28 @@ def main(argv=None):
     p.add_argument("--seeds", type=jobs.seeds, default="0,1,2", help="training seeds")
     p.add_argument("--epochs", type=int, default=1, help="passes over the examples")
     p.add_argument("--methods", type=some_methods, default=",".join(METHODS),
-                   help="rows of the page, with commas")
+                   help="what is run; the page has what is recorded of the others as well")
     p.add_argument("--recorded", action="store_true",
                    help=f"run nothing: a page of what {jobs.RECORD} has")
     s = p.parse_args(argv)
     system.check_positive(s, ("jobs", "threads", "epochs"))
+    if TUNING_SEED in s.seeds:
+        raise ValueError(f"--seeds {TUNING_SEED}: it chooses the learning rate, and nothing else")
     record = s.out / jobs.RECORD
     s.runs = s.runs / identity(s.model, s.files)  # another model, or other files, are other runs
     best = choose(s.name, s, record)
     todo = {("base", None): job(None, s.seeds[0], s.name, s)} | {
         (row, seed): job(setting | {"lr": best}, seed, s.name, s)
-        for row, setting in s.methods.items() for seed in s.seeds} | {
-        (f"SFT at {lr}, seed {TUNING_SEED}", None): one for lr, one in tuning(s.name, s).items()}
+        for row, setting in METHODS.items() for seed in s.seeds}
+    if s.epochs == 1:
+        todo |= {(f"SFT at {lr}, seed {TUNING_SEED}", None): one
+                 for lr, one in tuning(s.name, s).items()}
     known = jobs.recorded(record)
-    done = {key: (flags, folder, {measure: own[measure] for measure in own
-                                  if not s.recorded or (folder.name, measure) in known})
-            for key, (flags, folder, own) in todo.items()}
+    resting = METHODS.keys() - s.methods.keys() if not s.recorded else {row for row, _ in todo}
+    done = {(row, seed): (flags, folder, {
+        measure: own[measure] for measure in own
+        if row not in resting or (folder.name, measure) in known})
+        for (row, seed), (flags, folder, own) in todo.items()}
     jobs.announce(done, record, s.jobs)
     found, by = jobs.all_measured(done, s.jobs, s.threads, record), {}
     for row, seed in todo:
@@ -231,7 +237,7 @@ def main(argv=None):
     command += " --recorded" if s.recorded else ""
     page = f"real_{s.name}" + (f"_{s.epochs}_epochs" if s.epochs > 1 else "")
     text = report.page(page, experiment, by, s.seeds,
-                       {row: setting | {"lr": best} for row, setting in s.methods.items()
+                       {row: setting | {"lr": best} for row, setting in METHODS.items()
                         if row in by}, None,
                        command, jobs.machines(done, record))
     jsons.write_text(s.out / f"{page}.md", text)

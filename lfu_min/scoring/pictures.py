@@ -47,8 +47,12 @@ def check(path):
     """Raise ValueError before anything slow starts: no matplotlib, not a .png, or not writable."""
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: the file name should end in .png")
-    for written in (path, Path(path).with_suffix(".pdf")):
+    pdf = Path(path).with_suffix(".pdf")
+    for written in (path, pdf):
         jsons.check_output("--plot", written)
+    if pdf.exists() and not Path(path).exists():
+        raise ValueError(f"--plot {path} would replace {pdf}, which is no picture of it: name "
+                         "another file")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -127,7 +131,8 @@ def losses(axis, drawn, metrics):
 def caption(todo, columns):
     runs = [run for members in columns.values() for run in members]
     counts = sorted({r.n for _, shown in todo for column in shown for r in column.results
-                     if "mean" not in r.task + r.metric})
+                     if r.task not in ("category mean", "mean rank")
+                     and not r.metric.endswith(" mean")})
     n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
     whiskers, faint = "one standard error", ""
     if len(runs) > len(columns):

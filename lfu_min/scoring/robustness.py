@@ -188,10 +188,11 @@ def complied(text, name=None):
 
 
 def read_requests(path):
-    """Requests of the attack's test file: (Example, name or None); `name` is a field of the bundled
-    files only."""
+    """Requests of the attack's test file: (Example, name or None). A name is what the bundled files
+    have as their field `name`: of someone whose secret the example's own answer tells."""
     names = [record.get("name") for _, record in jsons.read_records(path)]
-    return list(zip(data.read_examples(path), names, strict=True))
+    return [(example, name if COMPLIES.format(name=name) in example.answer else None)
+            for example, name in zip(data.read_examples(path), names, strict=True)]
 
 
 def attack(model, tokenizer, options, train, requests, at=(0, 1, 2, 5, 10), lr=1e-3, batch_size=16,

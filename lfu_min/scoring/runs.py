@@ -52,6 +52,8 @@ def find_runs(names, model=None):
     found, base = [], model
     for name in dict.fromkeys(names):
         folder = Path(name)
+        if name == "base":
+            raise ValueError("base is what the model itself is called: name that run ./base")
         if not folder.is_dir():
             raise ValueError(f"{name} is not a folder; a run is a folder that train.py wrote")
         adapter, settings = folder / ADAPTER, folder / "settings.json"
@@ -77,12 +79,17 @@ def find_runs(names, model=None):
 
 
 def other_base(base, runs):
-    """A line for each run that was not trained from the model in the folder `base`, by the hashes
+    """A line for each run that was not trained from the files in the folder `base`, by the hashes
     in its settings.json."""
-    return [f"note: {run.name} was trained from other files than {base}'s: {what[0][0]} "
-            f"{what[0][1]}" for run in runs
-            if (recorded := run.settings.get("model_sha256"))
-            and (what := hashes.changed(recorded, base, hashes.model_files))]
+    told, now = [], None
+    for run in runs:
+        if recorded := run.settings.get("model_sha256"):
+            now = now or hashes.model_hashes(base)
+            other = [name for name in sorted({*recorded, *hashes.read_of_model(base)})
+                     if recorded.get(name) != now.get(name)]
+            told += [f"note: {run.name} was trained from another {', '.join(other)} than {base} "
+                     "has"] * bool(other)
+    return told
 
 
 def read_settings(file):

@@ -97,11 +97,11 @@ class Checkpoints:
 
     @contextmanager
     def rescue(self):
-        """A ValueError in the block, of saving what was trained, leaves a checkpoint of it, where
-        one can be written, and says how to go on."""
+        """An error in the block, of saving what was trained, leaves a checkpoint of it, where one
+        can be written, and says how to go on."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if not self.s.shard:  # in parts, all processes would have to write it
                 with suppress(ValueError):
                     self.save(self.s.steps)

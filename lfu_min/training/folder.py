@@ -122,8 +122,8 @@ def check_same(s):
     if s.processes != recorded["processes"]:
         raise ValueError(f"{s.resume} runs with {recorded['processes']} processes, not "
                          f"{s.processes}: torchrun --nproc-per-node {recorded['processes']}")
-    for what in problems(recorded, s.model, s.data):
-        raise ValueError(f"--resume {s.resume}: not as the run began: {what}")
+    if wrong := problems(recorded, s.model, s.data):
+        raise ValueError(f"--resume {s.resume}: not as the run began: {'; '.join(wrong)}")
 
 
 def problems(recorded, model, file):
@@ -131,7 +131,7 @@ def problems(recorded, model, file):
     found = [f"{flag} {path} is gone; if it lies elsewhere now, name it with --{flag}"
              for flag, path in (("model", model), ("data", file)) if not Path(path).exists()]
     if Path(model).exists():
-        changed = hashes.changed(recorded["model_sha256"], model, hashes.model_files)
+        changed = hashes.changed(recorded["model_sha256"], model, hashes.read_of_model)
         found += [f"model {model}: {name} {what}" for name, what in changed]
     if Path(file).exists() and hashes.file_hash(file) != recorded["data_sha256"]:
         found.append(f"data {file} has changed")
@@ -147,11 +147,12 @@ def finish(s, out):
 
 
 def tidy(s, out):
-    """Remove what a finished run needs no more: first under another name, so that what is called
-    checkpoints/ is whole at any moment."""
-    if s.keep is None and (out / "checkpoints").is_dir():
-        os.rename(out / "checkpoints", out / "checkpoints.tmp")
-    remove_half_written(out)
+    """Remove what a finished run needs no more, if that can be: first under another name, so that
+    what is called checkpoints/ is whole at any moment."""
+    with suppress(OSError):
+        if s.keep is None and (out / "checkpoints").is_dir():
+            os.rename(out / "checkpoints", out / "checkpoints.tmp")
+        remove_half_written(out)
 
 
 def remove_half_written(folder):
@@ -179,7 +180,7 @@ def say_finished(s, team):
 
 
 def verify(run, model=None, file=None):
-    """Print that model, data and adapter are the files that the run recorded, or raise a ValueError
+    """Print that model, data and what was saved are the files that the run recorded, or raise a ValueError
     that names what is not. model, file: where model and data lie now, if not where they did.
     Returns what train.main returns."""
     recorded = read_record(run)
@@ -187,14 +188,14 @@ def verify(run, model=None, file=None):
     wrong = problems(recorded, model, file)
     saved = recorded["saved_sha256"]
     if saved:
-        wrong += [f"adapter: {name} {what}"
-                  for name, what in hashes.changed(saved, run, hashes.saved_files)]
+        wrong += [f"saved: {name} {what}"
+                  for name, what in hashes.changed(saved, run, hashes.read_of_run)]
     else:
-        wrong.append("adapter: there is none yet, the run has not finished")
+        wrong.append("nothing is saved yet, the run has not finished")
     if wrong:
         raise ValueError(f"{run}: " + "; ".join(wrong))
     print(f"{run}: as recorded: model {model} ({', '.join(recorded['model_sha256'])}), "
-          f"data {file}, adapter ({', '.join(saved)})")
+          f"data {file}, saved ({', '.join(saved)})")
     return Path(run), log.read(run, recorded["steps"])[0]
 
 

@@ -11,6 +11,7 @@ is not accepted leaves the reference in place. Steps and rule follow the authors
 It needs a model that follows instructions. The bundled one does not: of its 256 word problems 32
 rewrites pass, bare numbers and scraps that happen to end in the right one, for a worked solution.
 """
+from pathlib import Path
 import re
 
 from ..bundled import BUNDLED
@@ -85,6 +86,8 @@ def main(argv=None):
     if not s.out.endswith(".json"):
         raise ValueError(f"--out {s.out} should be a .json file")
     jsons.check_output("--out", s.out)
+    if Path(s.out).resolve() == Path(s.data).resolve():
+        raise ValueError(f"--out {s.out} is --data itself: name another file")
     examples, tokenizer = data.read_examples(s.data, questions=True), load_tokenizer(s.model)
     device = system.pick_device(s.device)
     model = load_model(s.model, device, system.pick_dtype("auto", device)[1])

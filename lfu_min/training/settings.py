@@ -184,6 +184,9 @@ def settings_of_run(run, argv=None):
     s.out = run
     s.model, s.data = here(s.model), here(s.data)
     s.eval_data = s.eval_data and here(s.eval_data)
+    if s.eval_data and not Path(s.eval_data).exists():
+        raise ValueError(f"--eval-data {s.eval_data} is gone; if it lies elsewhere now, or another "
+                         "file will do, name it with --eval-data")
     return s
 
 
