@@ -184,8 +184,14 @@ def test_the_page_of_real_runs_and_nothing_twice(files, monkeypatch):
     record.write_text(every)
     other = files / "other"
     other.symlink_to(BUNDLED)  # the same model by another name is the same
-    assert real.main([str(other) if a == str(BUNDLED) else a for a in settings(files)]) == (
-        text.replace("--model bundled", "--model other"))
+    assert real.main([str(other) if a == str(BUNDLED) else a for a in settings(files)]) == text
+    alone = ["gsm8k", "--recorded", "--out", str(files / "out"), "--seeds", "0,1"]
+    assert real.main(alone) == text, "from the record alone"
+    with pytest.raises(ValueError, match="runs of no model: name one with --model and --files"):
+        real.main(["dolly", *alone[1:]])
+    for lacking in (["gsm8k"], [*alone, "--model", str(BUNDLED)]):
+        with pytest.raises(ValueError, match="--model and --files are needed, both, or --recorded"):
+            real.main(lacking)
     assert [p.name for p in (files / "runs").iterdir()] == [real.identity(BUNDLED, files)]
 
 

@@ -8,7 +8,8 @@ SFT with a seed of its own chooses one of six learning rates for all methods: th
 on examples used for nothing else, after one pass. Writes docs/results/real_NAME.md (--epochs 3:
 real_NAME_3_epochs.md); an interrupted call goes on where it stopped when it is given again.
 
---files has all of FILES, under these names.
+--files has all of FILES, under these names. With --recorded nothing is run, and neither model nor
+files are needed: the page has what measured.jsonl has.
 """
 import argparse
 from functools import partial
@@ -51,6 +52,16 @@ def identity(model, files):
     return f"{Path(model).resolve().name}-{digits}"
 
 
+def recorded_identity(name, record):
+    """The identity whose runs of `name` the record has. ValueError where it is not one."""
+    found = sorted({run.split(f" {name} ")[0] for run, _ in jobs.recorded(record)
+                    if f" {name} " in run})
+    if len(found) != 1:
+        raise ValueError(f"--recorded: {record} has runs of {' and '.join(found) or 'no model'}: "
+                         "name one with --model and --files")
+    return found[0]
+
+
 def split(name, files, fits):
     """{part: records} of a data set, of the examples for which fits(record) is true: train,
     validation (choose the learning rate), held-out."""
@@ -67,10 +78,10 @@ def split(name, files, fits):
 
 
 def parts(name, s):
-    """{part: file} of split(), written unless they are there."""
+    """{part: file} of split(), written unless they are there, or nothing is run."""
     files = {part: s.runs / "data" / f"{name}-{part}.jsonl"
              for part in ("train", "validation", "held-out")}
-    if not all(file.is_file() for file in files.values()):
+    if not s.recorded and not all(file.is_file() for file in files.values()):
         tokenizer = load_tokenizer(s.model)
         rows = split(name, s.files, lambda row: len(data.encode_example(
             tokenizer, data.as_example(row))[0]) <= MAX_LEN)
@@ -133,9 +144,10 @@ def job(setting, seed, name, s):
         measure["solved"] = partial(solved, model=s.model, files=s.files)
     if setting is None:
         return None, s.runs / f"{s.runs.name} {name} base", measure
-    chosen = random.Random(seed).sample(
-        [row for _, row in jsons.read_records(own["train"])], EXAMPLES)
-    file = jobs.data_file(s.runs / "data" / f"{name}-{seed}.jsonl", chosen)
+    file = s.runs / "data" / f"{name}-{seed}.jsonl"
+    if not s.recorded:
+        jobs.data_file(file, random.Random(seed).sample(
+            [row for _, row in jsons.read_records(own["train"])], EXAMPLES))
     epochs = 1 if seed == TUNING_SEED else s.epochs
     words = {"examples": EXAMPLES, "batch-size": BATCH} | setting | (
         {"epochs": epochs} if epochs > 1 else {}) | {"seed": seed}
@@ -171,12 +183,19 @@ def some_methods(text):
 
 
 def main(argv=None):
-    """Run what is missing of a name and write its page; returns its text."""
+    """Run what is missing of a name, write its page and print it; returns its text."""
+    text = page(argv)
+    print(text)
+    return text
+
+
+def page(argv=None):
+    """main(), without printing the page."""
     p = system.Parser(prog="python -m lfu_min.paper.real", description=__doc__.split("\n\n")[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("name", choices=NAMES, help="what is learned")
-    p.add_argument("--model", required=True, help="Hugging Face folder")
-    p.add_argument("--files", type=Path, required=True, help=f"folder with {', '.join(FILES)}")
+    p.add_argument("--model", help="Hugging Face folder")
+    p.add_argument("--files", type=Path, help=f"folder with {', '.join(FILES)}")
     p.add_argument("--runs", type=Path, default=Path("runs/real"), help="where runs are kept")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     p.add_argument("--jobs", type=int, default=2, help="runs at one time")
@@ -192,7 +211,10 @@ def main(argv=None):
     if TUNING_SEED in s.seeds:
         raise ValueError(f"--seeds {TUNING_SEED}: it chooses the learning rate, and nothing else")
     record = s.out / jobs.RECORD
-    s.runs = s.runs / identity(s.model, s.files)  # another model, or other files, are other runs
+    if (s.model is None) != (s.files is None) or s.model is None and not s.recorded:
+        raise ValueError("--model and --files are needed, both, or --recorded alone")
+    # another model, or other files, are other runs
+    s.runs = s.runs / (identity(s.model, s.files) if s.model else recorded_identity(s.name, record))
     best = choose(s.name, s, record)
     todo = {("base", None): job(None, s.seeds[0], s.name, s)} | {
         (row, seed): job(setting | {"lr": best}, seed, s.name, s)
@@ -228,20 +250,20 @@ def main(argv=None):
             row if seeds == ["None"] else f"{row} with seed {', '.join(seeds)}"
             for row, seeds in lacking.items())
     experiment = Experiment(shows, None, (), ("validation nll", *COLUMNS))
-    command = f"python -m lfu_min.paper.real {s.name} --model {Path(s.model).name} --files data"
+    model = s.runs.name.rpartition("-")[0]
+    command = f"python -m lfu_min.paper.real {s.name} --model {model} --files data"
     if s.seeds != jobs.seeds(p.get_default("seeds")):
         command += f" --seeds {','.join(map(str, s.seeds))}"
     if s.methods != METHODS:
         command += f" --methods '{','.join(s.methods)}'"
     command += f" --epochs {s.epochs}" if s.epochs > 1 else ""
-    command += " --recorded" if s.recorded else ""
-    page = f"real_{s.name}" + (f"_{s.epochs}_epochs" if s.epochs > 1 else "")
-    text = report.page(page, experiment, by, s.seeds,
+    command += " --recorded" if s.recorded and lacking else ""  # else it is the same page
+    own = f"real_{s.name}" + (f"_{s.epochs}_epochs" if s.epochs > 1 else "")
+    text = report.page(own, experiment, by, s.seeds,
                        {row: setting | {"lr": best} for row, setting in METHODS.items()
                         if row in by}, None,
                        command, jobs.machines(done, record))
-    jsons.write_text(s.out / f"{page}.md", text)
-    print(text)
+    jsons.write_text(s.out / f"{own}.md", text)
     return text
 
 
