@@ -13,16 +13,18 @@ th_aux   th_aux  -              auxiliary tensors, moved by the ascent: B of a s
                                 LoRA, one steering vector per layer, or th itself
 g        g       as th_aux      gradient of l_SFT with respect to th_aux
 alpha    alpha   -              length of the ascent step, over all of th_aux together     0.1
-h_l,t    h[l]    (N, D)         layer l's states where the next token is supervised, from th
-h'_l,t   h_aux   as h           the same from th and the moved th_aux
+h_l,t    h[l]    (N, D)         layer l's states under th, at the N positions
+h'_l,t   h_aux   as h           the same under th and the moved th_aux
 K        layers  numbers, 1..L  the K layers compared; h[L] is taken after the final norm  all
 T        N       positions      of all examples, those whose next token is supervised
 l_SFT    sft     nats per token mean cross-entropy of the supervised tokens
-l_cons   terms   (K,)           mean squared difference of h' and h, per layer; their mean
+l_cons   terms   (K,)           mean squared differences of h' and h by layer; l_cons is their mean
 lambda   lam     -              weight of l_cons                                           5.0
 
-(D channels, L layers; h[0] is the embedding. `batch` is a micro-batch: its tokens, the N positions,
-float16's loss_scale, and the generator that draws whatever is random.)
+(D channels, L layers; h[0] is the embedding. `batch` is a micro-batch: its tokens, the N positions
+and the tokens to predict there, l_SFT's divisor, float16's loss_scale, and the generator that draws
+whatever is random. The divisor is N; of several micro-batches a step, train.py makes it all their
+positions, and lam a share of lambda, so that the gradients add up to the step's.)
 
 Why two passes are enough: every auxiliary component starts at zero effect, so until the ascent the
 auxiliary model IS the model. The forward that gives h is also the ascent's, and one backward of
@@ -33,7 +35,9 @@ Of engine/passes.py, which need not be read: states are model.hidden_states at t
 sft_loss is F.cross_entropy(model.lm_head(h), targets), in chunks; backward_into is loss.backward()
 into the `.grad` of the tensors named and of no others, and returns the norm of what th got;
 grads_of reads `.grad`; adds_to_grad lets a step begin with empty `.grad`s (where th_aux is th, g is
-read from them), and adds what was there before at its end.
+read from them), and adds what was there before at its end. trained lists th; joint_norm is the norm
+over all tensors; over_norm(g, norm) is g / norm, or 0 where that is no number; movement is RMS(h' -
+h) / RMS(h) by layer, for the log; last_state is the last of states.
 """
 import torch
 import torch.nn.functional as F
@@ -76,19 +80,21 @@ def lfu_step(model, batch, auxiliary=aux_lora, lam=5.0, alpha=0.1, layers=None, 
     batch: engine.passes.make_batch(input_ids, labels). auxiliary: a context manager that attaches
     th_aux at zero effect and yields it (lora.aux_lora, steering.aux_steering, or any of
     methods/auxiliaries.py); move and compare: Eq 2 and Eq 5, or a variant. All weights end as they
-    were, bit for bit. Returns the numbers of the log, 0-d tensors and one (K,).
+    were, bit for bit. Returns the numbers of the log, 0-d tensors, but movement (K,) and
+    consistency_per_layer, as `compare` returns it; adds_to_grad adds gradient_cosine.
     """
     th = trained(model)
     layers = layers or range(1, model.config.num_hidden_layers + 1)
     with auxiliary(model, batch.generator) as th_aux:  # zero effect: still the model itself
         h = states(model, batch)                                            # Eq 3
         sft = sft_loss(model, h[-1], batch)                                 # Eq 1
-        sft_norm = backward_into(sft, batch, th, th_aux)                    # both gradients at once
+        sft_norm = backward_into(sft, batch, th, th_aux)                    # Eq 6's first term; g
         h, sft = [x.detach() for x in h], sft.detach()  # h is a constant now; frees its graph
         g_norm = move(th_aux, grads_of(th_aux), alpha, model, batch)        # Eq 2
         h_aux = states(model, batch)  # the undesirable model's             # Eq 4
         terms = compare(h, h_aux, layers, model)                            # Eq 5
-        cons_norm = backward_into(lam * terms.mean(), batch, th)            # Eq 6, added up
+        # still inside: in place, this backward needs the moved weights, put back at the with's end
+        cons_norm = backward_into(lam * terms.mean(), batch, th)            # Eq 6's second term
     return dict(sft=sft, consistency=terms.mean(), consistency_per_layer=terms, ascent_norm=g_norm,
                 sft_grad_norm=sft_norm, consistency_grad_norm=cons_norm,
                 movement=movement(h, h_aux, layers))

@@ -3,7 +3,8 @@
 A move is a function f(th_aux, g, alpha, model, batch): it changes the tensors th_aux in place, by
 alpha over all of them together, given g, the gradient of l_SFT with respect to them, and returns
 ||g|| for the log, or the norm of what it used in place of g. A new one: write it, add it to MOVES,
-and write its definition into tests/definitions.py.
+and write its definition into tests/definitions.py. One of several steps does not end alpha away:
+its name belongs into SEVERAL_STEPS of tests/test_methods.py.
 """
 import torch
 

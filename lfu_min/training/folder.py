@@ -180,9 +180,9 @@ def say_finished(s, team):
 
 
 def verify(run, model=None, file=None):
-    """Print that model, data and what was saved are the files that the run recorded, or raise a ValueError
-    that names what is not. model, file: where model and data lie now, if not where they did.
-    Returns what train.main returns."""
+    """Print that model, data and what was saved are the files that the run recorded, or raise a
+    ValueError that names what is not. model, file: where model and data lie now, if not where they
+    did. Returns what train.main returns."""
     recorded = read_record(run)
     model, file = model or here(recorded["model"]), file or here(recorded["data"])
     wrong = problems(recorded, model, file)
