@@ -156,5 +156,6 @@ EXPERIMENTS = {
                             seeds=TEN),
     "precision": Experiment("matrix products in half precision (slow on most CPUs)",
                             changed("LfU-lora", dtype=("fp16", "bf16")),
-                            ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH)),
+                            ("scores_test", "log_test"), (LEARNED, KEPT, *WATCH),
+                            beside=("LfU-lora",)),
 }
