@@ -339,16 +339,21 @@ def test_a_new_method_runs_with_its_defaults(monkeypatch):
         get_settings(["--method", "new", "--lam", "3"])
 
 
-@pytest.mark.parametrize("parameters, variable, threads", [
-    (1e6, None, [1]), (1e8, None, []), (1e6, "4", [])])
-def test_small_models_take_one_thread_unless_told(monkeypatch, parameters, variable, threads):
+@pytest.mark.parametrize("parameters, variable, there, threads", [
+    (1e6, None, 1, [1]), (1e6, None, 2, [1]), (1e6, None, 7, [3]), (1e6, None, 64, [4]),
+    (1e8, None, 8, []), (1e6, "4", 8, [])])
+def test_small_models_take_half_of_the_threads_unless_told(monkeypatch, parameters, variable, there,
+                                                           threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     calls = []
+    monkeypatch.setattr(system, "THREADS", there)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: (calls or [there])[-1])
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     system.spare_threads(parameters)
-    assert calls == threads
+    system.spare_threads(parameters)  # a second model
+    assert calls == threads * 2
 
 
 def test_pictures_and_runs_of_the_documents_are_ignored_by_git():

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import torch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+THREADS = torch.get_num_threads()  # what torch chose, before anything set another number
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -170,11 +171,11 @@ def machine():
 
 
 def spare_threads(parameters):
-    """One CPU thread for a model of less than 10 million parameters: nearly as fast as more, and
-    far faster where other programs want the cores, as threads wait for each other all the time.
-    OMP_NUM_THREADS, where it is set, stays in force."""
+    """Half of the CPU threads, at most four, for a model of less than 10 million parameters: where
+    other programs want the cores as well, its threads wait for each other all the time, and two are
+    slower than one. OMP_NUM_THREADS, where it is set, stays in force."""
     if parameters < 1e7 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS // 2), 4))
 
 
 def peak_memory_mib(device):
