@@ -30,14 +30,14 @@ CHATML = ("{% for m in messages %}{{ " + TURN + " }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 QWEN3 = ("{% for m in messages %}{% if m['role'] == 'assistant' %}"
          "{% set parts = m['content'].split('</think>') %}{% set text = parts[-1] %}"
-         "{% if parts | length > 1 %}{% set text = text.lstrip('\n') %}{% endif %}"
-         "{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n' }}"
-         "{% if parts | length > 1 %}{{ parts[0].split('<think>')[-1].strip('\n') }}{% endif %}"
-         "{{ '\n</think>\n\n' + text.lstrip('\n') }}{% else %}{{ text }}{% endif %}"
-         "{{ '<|im_end|>\n' }}"
+         "{% if parts | length > 1 %}{% set text = text.lstrip('\\n') %}{% endif %}"
+         "{{ '<|im_start|>assistant\\n' }}{% if loop.last %}{{ '<think>\\n' }}"
+         "{% if parts | length > 1 %}{{ parts[0].split('<think>')[-1].strip('\\n') }}{% endif %}"
+         "{{ '\\n</think>\\n\\n' + text.lstrip('\\n') }}{% else %}{{ text }}{% endif %}"
+         "{{ '<|im_end|>\\n' }}"
          "{% else %}{{ " + TURN + " }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-         "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}"
-         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+         "{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}"
+         "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}")
 LLAMA3 = ("{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
           "'<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
           "{% if add_generation_prompt %}"
@@ -282,7 +282,7 @@ def test_real_tokenizers_and_their_own_templates(name):
     variable, part, template = REAL[name]
     folder = Path(os.environ.get(variable, "nowhere"), part)
     if not folder.exists():
-        pytest.skip(f"set {variable} to compare with real files")
+        pytest.skip(f"set {variable} to compare with real files: {folder} is not there")
     file, config = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
                     for part in ("tokenizer", "tokenizer_config"))
     theirs = theirs_of(file, config.get("chat_template", CHATML))

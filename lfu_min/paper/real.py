@@ -184,13 +184,14 @@ def some_methods(text):
 
 def main(argv=None):
     """Run what is missing of a name, write its page and print it; returns its text."""
-    text = page(argv)
+    file, text = page(argv)
+    jsons.write_text(file, text)
     print(text)
     return text
 
 
 def page(argv=None):
-    """main(), without printing the page."""
+    """(file, text) of the page, what is missing being run."""
     p = system.Parser(prog="python -m lfu_min.paper.real", description=__doc__.split("\n\n")[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("name", choices=NAMES, help="what is learned")
@@ -263,8 +264,7 @@ def page(argv=None):
                        {row: setting | {"lr": best} for row, setting in METHODS.items()
                         if row in by}, None,
                        command, jobs.machines(done, record))
-    jsons.write_text(s.out / f"{own}.md", text)
-    return text
+    return s.out / f"{own}.md", text
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def table2(s):
     """The invented world has one data set; real.py's page of another one, from the record. To run
     what it lacks: python -m lfu_min.paper.real dolly --model DIR --files DIR."""
     seeds = ["--seeds", ",".join(map(str, s.seeds))] if s.seeds else []
-    return real.page(["dolly", "--recorded", "--out", str(s.out), *seeds])
+    return real.page(["dolly", "--recorded", "--out", str(s.out), *seeds])[1]
 
 
 def page(name, s):

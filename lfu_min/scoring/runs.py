@@ -87,8 +87,9 @@ def other_base(base, runs):
             now = now or hashes.model_hashes(base)
             other = [name for name in sorted({*recorded, *hashes.read_of_model(base)})
                      if recorded.get(name) != now.get(name)]
-            told += [f"note: {run.name} was trained from another {', '.join(other)} than {base} "
-                     "has"] * bool(other)
+            if other:
+                told.append(f"note: {run.name} was trained from another {', '.join(other)} than "
+                            f"{base} has")
     return told
 
 
